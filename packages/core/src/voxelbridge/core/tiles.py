@@ -1,0 +1,49 @@
+"""Windows that cover a volume: where a network with a fixed patch size looks."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+Triple = tuple[int, int, int]
+
+
+def tile_starts(size: int, patch: int, *, overlap: float = 0.5) -> list[int]:
+    """First voxels of the windows along one axis, increasing, without repeats.
+
+    nnDetection's symmetric grid: windows step by patch minus overlap, centred on the axis; those
+    that stick out are moved inside. An axis shorter than the patch gets one window at 0, which the
+    caller pads.
+    """
+    if size <= patch:
+        return [0]
+    step = patch - int(patch * overlap)
+    start = (size % step - patch) // 2
+    starts = []
+    while True:
+        starts.append(min(max(start, 0), size - patch))
+        if start + patch >= size:
+            return sorted(set(starts))
+        start += step
+
+
+def tiles(shape: Sequence[int], patch: Triple, *, overlap: float = 0.5) -> Iterator[Triple]:
+    """First voxels (z, y, x) of all windows over a volume of `shape`, z slowest."""
+    per_axis = [
+        tile_starts(size, edge, overlap=overlap)
+        for size, edge in zip(shape, patch, strict=True)
+    ]
+    for z, y, x in product(*per_axis):
+        yield (z, y, x)
+
+
+def center_weight(centers: NDArray[np.float64], start: Triple, patch: Triple) -> NDArray[np.float64]:
+    """Trust in boxes by the place of their centres (N, 3) in a window: 1 in the middle, 0.5 in a corner.
+
+    1 - max(0, r - 0.5) with r the distance to the middle over half the window's diagonal
+    (nnDetection's selective ensembler).
+    """
+    half = np.asarray(patch, dtype=np.float64) / 2
+    distance = np.linalg.norm(centers - (np.asarray(start) + half), axis=1) / np.linalg.norm(half)
+    return 1.0 - np.maximum(0.0, distance - 0.5)
