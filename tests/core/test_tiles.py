@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxelbridge.core.tiles import center_weight, tile_starts, tiles
+from voxelbridge.core.tiles import tile_starts, tiles
 
 
 def test_starts_equal_the_measured_grid_of_nndetection() -> None:
@@ -34,8 +34,3 @@ def test_every_voxel_is_covered_and_windows_stay_inside(
 def test_tiles_are_the_product_of_the_axes() -> None:
     assert list(tiles((4, 6, 2), (4, 4, 4), overlap=0.5)) == [(0, 0, 0), (0, 2, 0)]
 
-
-def test_weight_is_one_in_the_middle_and_half_in_a_corner() -> None:
-    points = np.array([[74.0, 64, 64], [10.0, 0, 0], [10.0, 64, 64]])
-    weights = center_weight(points, (10, 0, 0), (128, 128, 128))
-    np.testing.assert_allclose(weights, [1.0, 0.5, 0.923], atol=5e-4)

@@ -3,9 +3,6 @@
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-import numpy as np
-from numpy.typing import NDArray
-
 Triple = tuple[int, int, int]
 
 
@@ -37,13 +34,3 @@ def tiles(shape: Sequence[int], patch: Triple, *, overlap: float = 0.5) -> Itera
     for z, y, x in product(*per_axis):
         yield (z, y, x)
 
-
-def center_weight(centers: NDArray[np.float64], start: Triple, patch: Triple) -> NDArray[np.float64]:
-    """Trust in boxes by the place of their centres (N, 3) in a window: 1 in the middle, 0.5 in a corner.
-
-    1 - max(0, r - 0.5) with r the distance to the middle over half the window's diagonal
-    (nnDetection's selective ensembler).
-    """
-    half = np.asarray(patch, dtype=np.float64) / 2
-    distance = np.linalg.norm(centers - (np.asarray(start) + half), axis=1) / np.linalg.norm(half)
-    return 1.0 - np.maximum(0.0, distance - 0.5)

@@ -1,0 +1,104 @@
+"""One process, or one per rank under `torchrun`: who am I, what do all ranks agree on.
+
+Start several ranks with `torchrun --nproc-per-node N -m voxelbridge.<part>.cli train ...`; nothing
+else changes. Gradients are averaged by DistributedDataParallel over nccl (GPU) or gloo (CPU).
+Decisions and log values go over a gloo group of their own, so that they never wait for the GPU.
+Only rank 0 writes files.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.distributed_c10d import get_node_local_rank
+from torch.nn.parallel import DistributedDataParallel
+
+from voxelbridge.core.errors import ConfigError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)  # a dead rank ends the others after this
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks of the job; `control` is the gloo group of decisions."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    control: Any = None  # Any: torch's process group type is private
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on at least one rank; every rank must ask."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
+    def gather(self, value: T) -> list[T]:
+        """The `value` of every rank, by rank; every rank must call it. Small plain objects only."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size  # Any: filled by torch
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def synchronised(self, module: nn.Module) -> nn.Module:
+        """`module`, wrapped so that the gradients of its `forward` are averaged over the ranks.
+
+        Parameters that do not require gradients now are left out: wrap again when that changes,
+        after the old wrapper is gone.
+        """
+        if self.size == 1:
+            return module
+        gc.collect()  # an old wrapper in a reference cycle would reduce every gradient twice
+        on_gpu = self.device.type == "cuda"
+        return DistributedDataParallel(module, device_ids=[self.device] if on_gpu else None)
+
+
+@contextmanager
+def join_world(device: DeviceChoice) -> Iterator[World]:
+    """The world of this process: alone, or one rank of the job that `torchrun` started."""
+    if not dist.is_torchelastic_launched():
+        yield World(choose_device(device))
+        return
+    chosen = choose_device(device, index=get_node_local_rank())
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        yield World(chosen, dist.get_rank(), dist.get_world_size(), control)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(choice: DeviceChoice, *, index: int = 0) -> torch.device:
+    """The torch device for `auto` (a GPU if there is one), `cpu` or `cuda`."""
+    match choice:
+        case "cpu":
+            return torch.device("cpu")
+        case "auto" if not torch.cuda.is_available():
+            return torch.device("cpu")
+        case "auto" | "cuda":
+            if torch.cuda.device_count() <= index:
+                raise ConfigError(
+                    f"device cuda: this machine has {torch.cuda.device_count()} usable GPUs, "
+                    f"{index + 1} needed; use --device cpu"
+                )
+            return torch.device("cuda", index)

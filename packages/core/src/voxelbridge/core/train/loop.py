@@ -1,0 +1,289 @@
+"""What surrounds the steps of every training: run directory, resume, log, save, signals.
+
+A part's `train()` reads like a lab protocol. Everything below that is not the part's own (data,
+network, validation) is in `core`, and what would have to be fixed twice lives here:
+
+    with join_world(device) as world, stop_on_signals() as stop:
+        torch.manual_seed(config.seed)                            # the initial weights
+        objective = build_objective(config).to(world.device)      # forward(batch) -> named losses
+        optimizer = build_optimizer(config.optim, objective)
+        with open_training(
+            run, config, kind="detect", world=world, stop=stop, objective=objective,
+            optimizer=optimizer, facts={"store": digest}, arguments={"store": str(store)},
+            dry_run=dry_run,
+        ) as training:
+            batches = step_batches(make_batch, first_step=training.first_pass, ...)
+            for result in training.steps(batches):
+                if due(config.validate_every_steps, result.step):
+                    training.log(validate(...))                   # {"val_loss": ...}
+            if training.is_finished and world.is_main:
+                write_checkpoint(...)
+    return report_stop(training)
+
+`training.steps` runs `train_steps` with the settings of the config, adds the losses to the meter,
+and after the loop's body writes the record of the step and saves the state where due. Values given
+to `training.log` become part of the step's record, which is then written whatever
+`log_every_steps` says, so that a step has one record.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from signal import SIGINT
+from typing import Any
+
+import torch
+from torch import nn
+
+from voxelbridge.core.errors import CheckpointError, ConfigError
+from voxelbridge.core.progress import LINE_EVERY_SECONDS, track
+from voxelbridge.core.run import CONFIG_FILE, Facts, RunDirectory, check_same_config
+from voxelbridge.core.train.distributed import World
+from voxelbridge.core.train.metrics import Meter, MetricsFile, TensorBoard
+from voxelbridge.core.train.resume import (
+    StopRequest,
+    TrainingState,
+    load_state,
+    remove_leftovers,
+    save_state,
+)
+from voxelbridge.core.train.schedule import due, frozen_parts_at, learning_rate_at
+from voxelbridge.core.train.settings import TrainingSettings
+from voxelbridge.core.train.steps import GRADIENT_NORM, StepResult, train_steps
+
+
+class Training:
+    """One training between its start (or resume) and its end; made by `open_training`."""
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        world: World,
+        stop: StopRequest,
+        first_step: int,
+        meter: Meter,
+        files: "_Files | None",
+        dry_run: bool = False,
+    ) -> None:
+        self.first_step = first_step
+        self.next_step = first_step
+        self.stopped_by: str | None = None  # the signal that ended the training early
+        self._settings = settings
+        self._objective = objective
+        self._optimizer = optimizer
+        self._world = world
+        self._stop = stop
+        self._dry_run = dry_run
+        self._end = 1 if dry_run else settings.schedule.steps
+        self._meter = meter
+        self._files = files
+        self._extra: dict[str, float] = {}
+        self._last_line = time.monotonic()
+
+    @property
+    def first_pass(self) -> int:
+        """Number of the first batch needed: the first step times `accumulation_steps`."""
+        return self.first_step * self._settings.accumulation_steps
+
+    @property
+    def passes(self) -> int:
+        """Number of the last batch needed, plus one."""
+        return self._end * self._settings.accumulation_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step of the schedule is done (never in a dry run)."""
+        return self.next_step == self._settings.schedule.steps and not self._dry_run
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Adds values (validation: names with `val`) to the record of the step in progress."""
+        self._extra |= values
+
+    def steps(self, batches: Iterable[Any]) -> Iterator[StepResult]:  # Any: the objective's batch
+        """Trains on `batches` to the end of the schedule or to a signal; yields after each step."""
+        results = train_steps(
+            self._objective,
+            batches,
+            self._optimizer,
+            world=self._world,
+            learning_rate=self._learning_rate,
+            first_step=self.first_step,
+            steps=self._end,
+            precision=self._settings.precision,
+            clip_norm=self._settings.clip_norm,
+            accumulation_steps=self._settings.accumulation_steps,
+            seed=self._settings.seed,
+            frozen_parts=lambda step: frozen_parts_at(self._settings.schedule, step),
+        )
+        for result in self._shown(results):
+            self._meter.add({**result.losses, GRADIENT_NORM: result.gradient_norm})
+            yield result
+            self.next_step = result.step + 1
+            if self._after(result):
+                return
+
+    def _after(self, result: StepResult) -> bool:
+        """Logs and saves what is due; true if a signal ends the training here."""
+        is_last = self.next_step == self._end
+        if self._extra or is_last or due(self._settings.log_every_steps, result.step):
+            result.require_finite()
+            self._write_record(result)
+        stopping = self._world.any(self._stop.is_set)
+        if stopping or is_last or due(self._settings.checkpoint_every_steps, result.step):
+            result.require_finite()
+            self._save()
+        if stopping and not is_last:
+            self.stopped_by = self._stop.signal.name if self._stop.signal else "another rank"
+        return self.stopped_by is not None
+
+    def _write_record(self, result: StepResult) -> None:
+        means = self._meter.means(self._world)
+        self._meter.reset()
+        total = means.pop("total")
+        rate = {"learning_rate": result.learning_rate}
+        record = {"step": result.step, "loss": total, **means, **rate, **self._extra}
+        self._extra = {}
+        if self._files:
+            self._files.write(record)
+        if self._world.is_main:
+            self._print(record)
+
+    def _save(self) -> None:
+        meters = self._world.gather(self._meter.state())
+        if self._files:
+            self._files.metrics.flush_to_disk()
+            state = TrainingState(
+                self.next_step, self._objective.state_dict(), self._optimizer.state_dict(), meters
+            )
+            save_state(self._files.run.checkpoints, state)
+
+    def _print(self, record: Mapping[str, float]) -> None:
+        is_last = self.next_step == self._end
+        if is_last or time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            values = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "step")
+            print(f"step {record['step']}: {values}", flush=True)
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate_at(self._settings.schedule, step, peak=self._settings.optim.lr)
+
+    def _shown(self, results: Iterator[StepResult]) -> Iterator[StepResult]:
+        total = self._end - self.first_step
+        if not self._world.is_main or total == 0:
+            return results
+        return track(results, description="training", total=total)
+
+
+@contextmanager
+def open_training(
+    run: Path,
+    settings: TrainingSettings,
+    *,
+    kind: str,
+    world: World,
+    stop: StopRequest,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: Facts,
+    arguments: Facts,
+    tensorboard: bool = False,
+    dry_run: bool = False,
+) -> Iterator[Training]:
+    """The training of `objective` in the directory `run`, continued where a state is there.
+
+    `facts` go to `data.json` and must be the same at every start; `arguments` (paths, workers) are
+    recorded only. A dry run checks the config of an existing directory, trains one step and
+    writes nothing. Raises what `RunDirectory.open_or_create` and `load_state` raise.
+    """
+    if dry_run:
+        if (run / CONFIG_FILE).exists():
+            check_same_config(run, settings, kind=kind)
+        yield Training(
+            settings, objective, optimizer, world=world, stop=stop, first_step=0, meter=Meter(),
+            files=None, dry_run=True,
+        )  # fmt: skip
+        return
+    with ExitStack() as stack:
+        files = None
+        if world.is_main:
+            files = _Files(stack, run, settings, kind=kind, tensorboard=tensorboard)
+            files.run.keep("data.json", facts)
+            files.run.record_start(device=str(world.device), arguments=arguments)
+        world.gather(None)  # the other ranks wait until the directory is checked
+        meter = Meter()
+        state = load_state(run / "checkpoints")
+        if state is not None:
+            _restore(state, objective, optimizer, meter, world, run)
+        yield Training(
+            settings, objective, optimizer, world=world, stop=stop,
+            first_step=state.step if state else 0, meter=meter, files=files,
+        )  # fmt: skip
+
+
+def report_stop(training: Training) -> None:
+    """Says that a signal ended the training early; after Ctrl-C raises KeyboardInterrupt."""
+    if training.stopped_by is None:
+        return
+    print(
+        f"stopped by {training.stopped_by} after step {training.next_step - 1}; "
+        "the state is saved: the same command goes on from here"
+    )
+    if training.stopped_by == SIGINT.name:
+        raise KeyboardInterrupt
+
+
+class _Files:
+    """What rank 0 has open in the run directory; closed by the given stack."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        path: Path,
+        settings: TrainingSettings,
+        *,
+        kind: str,
+        tensorboard: bool,
+    ) -> None:
+        self.run = stack.enter_context(RunDirectory.open_or_create(path, settings, kind=kind))
+        remove_leftovers(self.run.checkpoints)
+        self.metrics = MetricsFile(self.run.metrics)
+        stack.callback(self.metrics.close)
+        self._board = TensorBoard(path / "tensorboard") if tensorboard else None
+        if self._board:
+            stack.callback(self._board.close)
+
+    def write(self, record: Mapping[str, float]) -> None:
+        self.metrics.write(record)
+        if self._board:
+            self._board.write(record)
+
+
+def _restore(
+    state: TrainingState,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    meter: Meter,
+    world: World,
+    run: Path,
+) -> None:
+    if len(state.meters) != world.size:
+        raise ConfigError(
+            f"{run}: the run was started with {len(state.meters)} ranks, now there are "
+            f"{world.size}; use torchrun --nproc-per-node as before, or another run directory"
+        )
+    try:
+        objective.load_state_dict(state.model)
+        optimizer.load_state_dict(state.optimizer)
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{run}: the saved state does not fit the network ({first_line}); the code or the data "
+            "changed since: take another run directory"
+        ) from error
+    meter.load_state(state.meters[world.rank])
+    if world.is_main:
+        print(f"resuming {run} after step {state.step - 1}")

@@ -1,0 +1,147 @@
+"""Means of losses between two log records, and the `metrics.jsonl` file they go to."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from voxelbridge.core.errors import ConfigError, DataError
+from voxelbridge.core.files import atomic_write
+from voxelbridge.core.train.distributed import World
+
+Record = dict[str, float]
+
+
+class Meter:
+    """Running means of named values; sums stay on the values' device until they are read.
+
+    Sums are float64 and travel in the training state, so that a killed and resumed run writes the
+    same means as an undisturbed one.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one set of scalars; the names must be the same from one reading to the next."""
+        if self._count and values.keys() != self._sums.keys():
+            raise ValueError(f"meter: got {sorted(values)}, expected {sorted(self._sums)}")
+        for name, value in values.items():
+            term = value.detach().double()
+            self._sums[name] = self._sums[name] + term if self._count else term
+        self._count += 1
+
+    def means(self, world: World) -> Record:
+        """Means over all additions of all ranks since the last reset (one device sync)."""
+        return mean_of_meters(world.gather(self.state()))
+
+    def reset(self) -> None:
+        """Forgets everything added so far."""
+        self._sums, self._count = {}, 0
+
+    def state(self) -> dict[str, Any]:  # Any: JSON-like tree
+        """Sums and count as plain numbers; reading them waits for the device once."""
+        if not self._sums:
+            return {"count": 0, "sums": {}}
+        values = torch.stack(list(self._sums.values())).tolist()
+        return {"count": self._count, "sums": dict(zip(self._sums, values, strict=True))}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # Any: as `state` gives it
+        """Continues from what `state` returned."""
+        self._count = int(state["count"])
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()
+        }
+
+
+def mean_of_meters(states: list[dict[str, Any]]) -> Record:  # Any: as `Meter.state` gives it
+    """Means over several ranks' `Meter.state()`; empty when nothing was added."""
+    count = sum(state["count"] for state in states)
+    names = next((state["sums"] for state in states if state["count"]), {})
+    return {name: sum(state["sums"].get(name, 0.0) for state in states) / count for name in names}
+
+
+class MetricsFile:
+    """Appends one JSON object per logged step; a torn last line of a killed run is cut off.
+
+    After a resume a step can occur twice: its last record counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _cut_torn_tail(path)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Appends one record and hands it to the operating system."""
+        self._stream.write(json.dumps(dict(record), allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def flush_to_disk(self) -> None:
+        """Waits until the records are on the disk; a state saved afterwards never outruns them."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+class TensorBoard:
+    """The same records as TensorBoard scalars, for whoever installed the `track` extra."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "--tensorboard: tensorboard is not installed; install the extra [track]"
+            ) from error
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Adds every value of one record at its step."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, int(record["step"]))
+
+    def close(self) -> None:
+        """Writes what is pending and closes the file."""
+        self._writer.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, the last one of each step, in the order of the steps."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        return [record for _, record in sorted({r["step"]: r for r in records}.items())]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a metrics file ({error})") from error
+
+
+def _cut_torn_tail(path: Path) -> None:
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    while lines and not _is_record(lines[-1]):
+        lines.pop()
+    whole = b"".join(lines)
+    if whole != content:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(whole)
+
+
+def _is_record(line: bytes) -> bool:
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,201 @@
+"""The loop as a generator: one optimizer step per iteration; everything else is the caller's.
+
+Finite check: on a CPU the losses are checked before the backward pass and the gradient norm before
+the weights change. On a GPU reading a value each step would stall the device, so the first step
+with a value that is not finite is remembered there; `StepResult.require_finite()` reads it. Whoever
+logs or saves calls it first, and the generator does at its end.
+
+Randomness inside the network (dropout, drawn points) comes from torch's global stream, which is
+seeded anew for every step from (seed, rank, step): a resumed run needs no saved random state.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from voxelbridge.core.errors import VoxelbridgeError
+from voxelbridge.core.train.distributed import World
+
+GRADIENT_NORM = "gradient_norm"
+_MODEL_STREAM = 1  # keeps the network's random stream apart from the batches' streams
+
+
+class NonFiniteError(VoxelbridgeError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave: detached losses ("total" and its parts) on their device."""
+
+    step: int  # from 0
+    losses: dict[str, Tensor]
+    gradient_norm: Tensor  # global L2 norm before clipping
+    learning_rate: float
+    require_finite: Callable[[], None]  # raises NonFiniteError; waits for a GPU
+
+
+def train_steps(
+    objective: nn.Module,
+    batches: Iterable[Any],  # Any: a batch is whatever `objective` takes
+    optimizer: torch.optim.Optimizer,
+    *,
+    world: World,
+    learning_rate: Callable[[int], float],
+    first_step: int,
+    steps: int,
+    precision: Literal["fp32", "bf16"],
+    clip_norm: float | None,
+    accumulation_steps: int,
+    seed: int,
+    frozen_parts: Callable[[int], tuple[str, ...]] = lambda _: (),
+) -> Iterator[StepResult]:
+    """Trains steps first_step .. steps - 1 and yields after each of them.
+
+    `objective(batch)` returns named scalar losses with the one to minimise under "total"; it is
+    the bare module, wrapped here for several ranks. `batches` gives `accumulation_steps` items per
+    step. `frozen_parts(step)` names the submodules that do not train at a step.
+    """
+    objective.train()
+    stream = iter(batches)
+    watch = _FiniteWatch(world.device)
+    frozen: tuple[str, ...] | None = None
+    synchronised: nn.Module | None = None
+    for step in range(first_step, steps):
+        if frozen_parts(step) != frozen:
+            frozen = frozen_parts(step)
+            freeze(objective, frozen)
+            synchronised = None
+            synchronised = world.synchronised(objective)
+        assert synchronised is not None
+        rate = learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        parts = [next(stream) for _ in range(accumulation_steps)]
+        torch.manual_seed(step_seed(seed, world.rank, step))
+        losses = _forward_and_backward(synchronised, parts, step, world.device, precision, watch)
+        norm = _clip(objective, clip_norm)
+        watch.check(step, {**losses, GRADIENT_NORM: norm})
+        optimizer.step()
+        yield StepResult(step, losses, norm, rate, watch.raise_if_found)
+    watch.raise_if_found()
+
+
+def freeze(module: nn.Module, parts: Sequence[str]) -> None:
+    """Makes the named submodules (dotted names) not trainable and all others trainable."""
+    module.requires_grad_(True)
+    for name in parts:
+        module.get_submodule(name).requires_grad_(False)
+
+
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """The seed of the network's random stream at one step of one rank."""
+    sequence = np.random.SeedSequence((seed, _MODEL_STREAM, rank, step))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def move(batch: Any, device: torch.device) -> Any:  # Any: nested batch in, the same shape out
+    """`batch` with its tensors on `device`: tensors, mappings, sequences, things with `.to`."""
+    if isinstance(batch, Mapping):
+        return {name: move(value, device) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(move(value, device) for value in batch)
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return batch.to(device)
+
+
+def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> torch.autocast:
+    """The autocast region of training and validation."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _forward_and_backward(
+    objective: nn.Module,
+    parts: list[Any],  # Any: batches
+    step: int,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"],
+    watch: "_FiniteWatch",
+) -> dict[str, Tensor]:
+    means: dict[str, Tensor] = {}
+    for index, part in enumerate(parts):
+        is_last = index + 1 == len(parts)
+        with _synchronising(objective, is_last):
+            with autocast(device, precision):
+                losses: dict[str, Tensor] = objective(move(part, device))
+            detached = {name: loss.detach() for name, loss in losses.items()}
+            watch.check(step, detached)
+            (losses["total"] / len(parts)).backward()
+        for name, loss in detached.items():
+            means[name] = means.get(name, 0) + loss / len(parts)
+    return means
+
+
+def _synchronising(objective: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+    # Only the last part's backward pass averages the gradients over the ranks.
+    if is_last or not isinstance(objective, DistributedDataParallel):
+        return nullcontext()
+    return objective.no_sync()
+
+
+def _clip(module: nn.Module, clip_norm: float | None) -> Tensor:
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    return norm
+
+
+class _FiniteWatch:
+    """Finds the first step with a value that is not finite; reads it late on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._reads_at_once = device.type == "cpu"
+        self._found: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def check(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Remembers `values` if one of them is not finite and none was before."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        bad = ~torch.isfinite(stacked).all()
+        if self._reads_at_once:
+            if bad:
+                _raise(step, values, stacked)
+            return
+        names = tuple(values)
+        if names not in self._found:
+            never = torch.full((), -1, device=stacked.device, dtype=torch.int64)
+            self._found[names] = (bad, torch.where(bad, step, never), stacked)
+            return
+        found, first, kept = self._found[names]
+        is_first = bad & ~found
+        first = torch.where(is_first, step, first)
+        self._found[names] = (found | bad, first, torch.where(is_first, stacked, kept))
+
+    def raise_if_found(self) -> None:
+        """Raises for the earliest remembered step; waits for the device."""
+        found = [
+            (int(first), names, kept)
+            for names, (bad, first, kept) in self._found.items()
+            if bool(bad)
+        ]
+        if found:
+            step, names, kept = min(found, key=lambda entry: entry[0])
+            _raise(step, names, kept)
+
+
+def _raise(step: int, names: Iterable[str], values: Tensor) -> None:
+    parts = ", ".join(
+        f"{name} {value:.6g}" for name, value in zip(names, values.tolist(), strict=True)
+    )
+    raise NonFiniteError(
+        f"step {step}: a loss or gradient is not finite ({parts}); the last saved state is intact: "
+        "lower optim.lr, use precision fp32 or check the images"
+    )

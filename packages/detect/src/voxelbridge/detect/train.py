@@ -1,0 +1,259 @@
+"""Fine-tuning a detector: from a prepared store and an optional checkpoint to a run directory.
+
+A run directory can predict on its own: besides config, metrics and training state it holds the
+plan (spacing, normalisation, classes), the anchors (`detector.json`), the report of what was
+transferred (`transfer.json`) and the weights (`checkpoints/detector.safetensors`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from voxelbridge.core.checkpoint import read_checkpoint
+from voxelbridge.core.config import Config, load_config, preset_path, validate
+from voxelbridge.core.data.batches import step_batches
+from voxelbridge.core.data.case_store import CaseStore
+from voxelbridge.core.errors import CheckpointError, ConfigError
+from voxelbridge.core.files import atomic_write, read_json, sha256_of, write_json
+from voxelbridge.core.train.distributed import DeviceChoice, World, join_world
+from voxelbridge.core.train.loop import open_training, report_stop
+from voxelbridge.core.train.optim import build_optimizer
+from voxelbridge.core.train.resume import stop_on_signals
+from voxelbridge.core.train.schedule import due
+from voxelbridge.core.train.settings import patches_per_pass
+from voxelbridge.core.train.steps import autocast, move
+from voxelbridge.core.transfer import transfer_encoder
+from voxelbridge.detect.anchor_planning import AnchorSizes, plan_anchor_sizes
+from voxelbridge.detect.batches import PatchSampler, case_objects
+from voxelbridge.detect.build import build_criterion, build_detector, head_strides
+from voxelbridge.detect.config import DetectConfig
+from voxelbridge.detect.objective import RetinaObjective
+from voxelbridge.detect.plan import Plan, read_plan, write_plan
+from voxelbridge.detect.retina_unet import RetinaUNet
+from voxelbridge.detect.splits import read_splits
+
+KIND = "detect"
+DETECTOR_FILE = "detector.json"
+TRANSFER_FILE = "transfer.json"
+WEIGHTS_FILE = "detector.safetensors"
+VALIDATION_STREAM = 7  # keeps validation patches apart from training patches
+
+
+class DetectorFacts(Config):
+    """What the network needs beside the config: written to the run as `detector.json`."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    in_channels: int
+    num_classes: int
+    anchor_sizes: AnchorSizes
+    init_checkpoint_sha256: str | None  # None: trained from scratch
+    stem: str | None
+
+
+def train(
+    preset: str,
+    *,
+    store: Path,
+    run: Path,
+    overrides: Sequence[str] = (),
+    init: Path | None = None,
+    stem: str = "checkpoint",
+    fold: int = 0,
+    device: DeviceChoice = "auto",
+    workers: int = 2,
+    dry_run: bool = False,
+    tensorboard: bool = False,
+) -> Path:
+    """Trains (or goes on training) the detector of `preset`; returns the run directory."""
+    config = load_config(DetectConfig, preset_path("voxelbridge.detect", preset), overrides).config
+    cases = CaseStore.open(store)
+    plan = read_plan(store)
+    split = _fold_of(store, fold)
+    facts = _detector_facts(config, plan, init=init, stem=stem if init else None)
+    with join_world(device) as world, stop_on_signals() as stop:
+        torch.manual_seed(config.seed)
+        detector = build_detector(
+            config,
+            in_channels=facts.in_channels,
+            num_classes=facts.num_classes,
+            anchor_sizes=facts.anchor_sizes,
+        )
+        report = _transfer(detector, init, stem=stem)
+        objective = RetinaObjective(detector, build_criterion(config), config.detector)
+        objective.to(world.device)
+        optimizer = build_optimizer(config.optim, objective)
+        sampler = _sampler(cases, split["train"], config, ranks=world.size)
+        data = {
+            "store": sha256_of(store / "index.jsonl"),
+            "fold": fold,
+            "train": split["train"],
+            "val": split["val"],
+            "detector": facts.model_dump(mode="json", by_alias=True),
+        }
+        arguments = {"store": str(store), "init": str(init) if init else None, "workers": workers}
+        with open_training(
+            run, config, kind=KIND, world=world, stop=stop, objective=objective,
+            optimizer=optimizer, facts=data, arguments=arguments, tensorboard=tensorboard,
+            dry_run=dry_run,
+        ) as training:  # fmt: skip
+            if world.is_main and not dry_run:
+                _write_what_prediction_needs(run, plan, facts, report)
+            batches = step_batches(
+                sampler,
+                seed=config.seed,
+                first_step=training.first_pass,
+                steps=training.passes,
+                workers=workers,
+                rank=world.rank,
+            )
+            for result in training.steps(batches):
+                if _validates(config, split["val"], result.step):
+                    training.log(_validate(objective, cases, split["val"], config, world))
+            if training.is_finished and world.is_main:
+                write_weights(run, detector)
+    report_stop(training)
+    return run
+
+
+def load_run(run: Path) -> tuple[RetinaUNet, DetectConfig, Plan]:
+    """The trained detector of a run in eval mode, its config and its plan."""
+    from voxelbridge.core.run import read_run_config
+
+    config = read_run_config(run, DetectConfig, kind=KIND)
+    path = run / DETECTOR_FILE
+    facts = validate(DetectorFacts, read_json(path), where=str(path))
+    detector = build_detector(
+        config,
+        in_channels=facts.in_channels,
+        num_classes=facts.num_classes,
+        anchor_sizes=facts.anchor_sizes,
+    )
+    _read_weights(run, detector)
+    return detector.eval(), config, read_plan(run)
+
+
+def write_weights(run: Path, detector: RetinaUNet) -> None:
+    """The detector's tensors as safetensors, with their hash beside the file."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in detector.state_dict().items()}
+    path = run / "checkpoints" / WEIGHTS_FILE
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)
+    write_json(path.with_suffix(".json"), {"schema": 1, "sha256": sha256_of(path)})
+
+
+def _read_weights(run: Path, detector: RetinaUNet) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = run / "checkpoints" / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{run}: no {WEIGHTS_FILE}; the training has not finished")
+    if sha256_of(path) != read_json(path.with_suffix(".json"))["sha256"]:
+        raise CheckpointError(f"{path}: changed or damaged since it was written")
+    try:
+        detector.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: does not fit its run's config ({first_line})") from error
+
+
+def _fold_of(store: Path, fold: int) -> dict[str, list[str]]:
+    splits = read_splits(store)
+    if not 0 <= fold < len(splits):
+        raise ConfigError(f"--fold {fold}: {store} has folds 0 to {len(splits) - 1}")
+    return splits[fold]
+
+
+def _detector_facts(
+    config: DetectConfig, plan: Plan, *, init: Path | None, stem: str | None
+) -> DetectorFacts:
+    import numpy as np
+
+    sizes = np.array(plan.object_sizes, dtype=np.float64).reshape(-1, 3)
+    return DetectorFacts(
+        in_channels=len(plan.channel_names),
+        num_classes=len(plan.class_names),
+        anchor_sizes=plan_anchor_sizes(
+            sizes, head_strides(config), sizes_per_axis=config.detector.sizes_per_axis
+        ),
+        init_checkpoint_sha256=sha256_of(init) if init else None,
+        stem=stem,
+    )
+
+
+def _transfer(detector: RetinaUNet, init: Path | None, *, stem: str) -> dict[str, Any]:
+    # Any: JSON values of the report
+    if init is None:
+        return {"schema": 1, "checkpoint": None}
+    checkpoint = read_checkpoint(init)
+    report = transfer_encoder(checkpoint, detector.encoder, stem=stem)
+    print(report.describe())
+    return {
+        "schema": 1,
+        "checkpoint": init.name,
+        "metadata": checkpoint.metadata.model_dump(mode="json", by_alias=True),
+        "loaded": list(report.loaded),
+        "left_at_init": list(report.left_at_init),
+        "unused": list(report.unused),
+    }
+
+
+def _sampler(
+    store: CaseStore, case_ids: Sequence[str], config: DetectConfig, *, ranks: int
+) -> PatchSampler:
+    return PatchSampler(
+        store=store,
+        cases=case_objects(store, case_ids),
+        patch_size=config.patch_size,
+        batch_size=patches_per_pass(config, ranks=ranks),
+        object_fraction=config.object_fraction,
+        mirror=config.mirror,
+    )
+
+
+def _write_what_prediction_needs(
+    run: Path, plan: Plan, facts: DetectorFacts, report: dict[str, Any]
+) -> None:
+    write_plan(run, plan)
+    write_json(run / DETECTOR_FILE, facts.model_dump(mode="json", by_alias=True))
+    write_json(run / TRANSFER_FILE, report)
+
+
+def _validates(config: DetectConfig, cases: Sequence[str], step: int) -> bool:
+    return bool(config.validation_batches and cases) and due(config.validate_every_steps, step)
+
+
+@torch.no_grad()
+def _validate(
+    objective: RetinaObjective,
+    store: CaseStore,
+    case_ids: Sequence[str],
+    config: DetectConfig,
+    world: World,
+) -> dict[str, float]:
+    """Mean losses over the same patches at every validation, as `val_*`."""
+    sampler = _sampler(store, case_ids, config, ranks=1)
+    batches = step_batches(
+        replace(sampler, mirror=False),
+        seed=config.seed + VALIDATION_STREAM,
+        first_step=0,
+        steps=config.validation_batches,
+        workers=0,
+    )
+    objective.eval()
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        with autocast(world.device, config.precision):
+            losses = objective(move(batch, world.device))
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, torch.zeros((), device=world.device)) + loss.float()
+    objective.train()
+    count = config.validation_batches
+    return {f"val_{name}": float(value) / count for name, value in sums.items()}

@@ -1,0 +1,42 @@
+"""Reference arrays for box operations, brought to our box order.
+
+The reference program stores boxes as (a0 low, a1 low, a0 high, a1 high, a2 low, a2 high), and
+deltas in the same interleaving.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+FROM_REFERENCE = [0, 1, 4, 2, 3, 5]
+
+
+class ReferenceArrays:
+    """Named arrays of one reference file as tensors."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as archive:
+            self._arrays = {name: archive[name] for name in archive.files}
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(self._arrays[name])
+
+    def boxes(self, name: str) -> Tensor:
+        """Boxes or deltas (..., 6) in our order."""
+        return self.tensor(name)[..., FROM_REFERENCE]
+
+    def number(self, name: str) -> float:
+        return float(self._arrays[name])
+
+    def text(self, name: str) -> str:
+        return str(self._arrays[name])
+
+
+@pytest.fixture(scope="session")
+def boxops(shared: Path) -> Callable[[str], ReferenceArrays]:
+    """`boxops("nms")` holds the arrays of the reference file of that name."""
+    return lambda name: ReferenceArrays(shared / "golden" / "boxops" / f"{name}.npz")

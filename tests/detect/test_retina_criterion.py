@@ -1,0 +1,129 @@
+"""The losses of Retina U-Net against a plain float64 reference."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from voxelbridge.detect.anchors import anchor_grid
+from voxelbridge.detect.config import RetinaUNetConfig
+from voxelbridge.detect.detections import Targets
+from voxelbridge.detect.matching import match_atss
+from voxelbridge.detect.objective import RetinaObjective
+from voxelbridge.detect.retina_criterion import PositiveAnchorAverage, RetinaCriterion
+from voxelbridge.detect.retina_unet import RetinaOutput
+
+SIZES = (((4.0, 8.0), (4.0, 8.0), (4.0,)),)
+
+
+def _output(batch: int, classes: int) -> RetinaOutput:
+    generator = torch.Generator().manual_seed(3)
+    grid = anchor_grid([(4, 4, 4)], [(4, 4, 4)], SIZES)
+    count = grid.num_anchors
+    return RetinaOutput(
+        logits=torch.randn(batch, count, classes, generator=generator, requires_grad=True),
+        deltas=torch.randn(batch, count, 6, generator=generator, requires_grad=True),
+        anchors=grid,
+        segmentation=torch.randn(batch, 2, 16, 16, 16, generator=generator, requires_grad=True),
+    )
+
+
+def _criterion() -> RetinaCriterion:
+    return RetinaCriterion(candidates=4, focal_gamma=1.0, focal_alpha=0.75, normalizer_decay=0.7)
+
+
+def _targets() -> list[Targets]:
+    boxes = torch.tensor([[2.0, 2, 2, 8, 8, 6], [9.0, 8, 9, 15, 14, 13]])
+    return [Targets(boxes, torch.tensor([1, 0])), Targets.empty()]
+
+
+def _reference(output: RetinaOutput, targets: list[Targets]) -> tuple[float, float]:
+    anchors = output.anchors.boxes().double()
+    focal = box = 0.0
+    positives = 0
+    for index, target in enumerate(targets):
+        match = match_atss(target.boxes, output.anchors, candidates=4)
+        for anchor, row in enumerate(match.tolist()):
+            logits = output.logits[index, anchor].double()
+            per_class = []
+            for label, logit in enumerate(logits.tolist()):
+                hit = row >= 0 and int(target.labels[row]) == label
+                p = 1 / (1 + math.exp(-logit))
+                right = p if hit else 1 - p
+                weight = 0.75 if hit else 0.25
+                per_class.append(-weight * (1 - right) * math.log(right))
+            focal += sum(per_class) / len(per_class)
+            if row >= 0:
+                positives += 1
+                box += _plain_l1(
+                    output.deltas[index, anchor].double(), target.boxes[row], anchors[anchor]
+                )
+    return focal / positives, box / positives
+
+
+def _plain_l1(deltas: Tensor, box: Tensor, anchor: Tensor) -> float:
+    total = 0.0
+    for axis in range(3):
+        size = float(anchor[axis + 3] - anchor[axis])
+        wanted_size = float(box[axis + 3] - box[axis])
+        shift = (float(box[axis]) + wanted_size / 2 - float(anchor[axis]) - size / 2) / size
+        total += abs(float(deltas[axis]) - shift)
+        total += abs(float(deltas[axis + 3]) - math.log(wanted_size / size))
+    return total
+
+
+def test_losses_equal_the_plain_reference() -> None:
+    output, targets = _output(2, 2), _targets()
+    losses = _criterion()(output, targets, None)
+    focal, box = _reference(output, targets)
+    assert losses.keys() == {"classification", "box"}
+    torch.testing.assert_close(losses["classification"].item(), focal, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses["box"].item(), box, rtol=1e-5, atol=0)
+
+
+def test_a_batch_without_objects_has_no_box_loss_and_finite_gradients() -> None:
+    output = _output(1, 1)
+    losses = _criterion()(output, [Targets.empty()], torch.zeros(1, 16, 16, 16, dtype=torch.bool))
+    assert losses["box"].item() == 0.0
+    torch.stack(list(losses.values())).sum().backward()
+    assert output.logits.grad is not None
+    assert torch.isfinite(output.logits.grad).all()
+    assert output.logits.grad.abs().sum() > 0
+
+
+def test_the_average_of_positives_is_corrected_for_its_start() -> None:
+    average = PositiveAnchorAverage(0.7)
+    assert average(torch.tensor(10)).item() == 10.0
+    # 0.7 * 3 + 0.3 * 20 over 1 - 0.49
+    torch.testing.assert_close(average(torch.tensor(20)).item(), (0.7 * 3 + 6) / 0.51)
+    average.eval()
+    before = average.average.clone()
+    average(torch.tensor(1000))
+    assert torch.equal(average.average, before)
+
+
+def test_the_divisor_is_never_below_one() -> None:
+    assert PositiveAnchorAverage(0.7)(torch.tensor(0)).item() == 1.0
+
+
+def test_boxes_only_batches_keep_the_names_of_the_losses() -> None:
+    """Losses are averaged by name over steps, so every step has the same names."""
+    output = _output(2, 2)
+
+    class Fixed(torch.nn.Module):
+        def forward(self, image: Tensor, *, segment: bool) -> RetinaOutput:
+            return output
+
+    from voxelbridge.detect.batches import DetectionBatch
+
+    objective = RetinaObjective(Fixed(), _criterion(), RetinaUNetConfig())  # pyright: ignore[reportArgumentType] a stand-in network
+    image = torch.zeros(2, 1, 16, 16, 16)
+    mask = torch.zeros(2, 16, 16, 16, dtype=torch.bool)
+    with_mask = objective(DetectionBatch(image, tuple(_targets()), mask))
+    without = objective(DetectionBatch(image, tuple(_targets()), None))
+    assert with_mask.keys() == without.keys()
+    expected = 0.3 * without["classification"] + without["box"]
+    torch.testing.assert_close(without["total"], expected)
+    more = (with_mask["segmentation_ce"] + with_mask["segmentation_dice"]) / 2
+    weighted = 0.3 * with_mask["classification"] + with_mask["box"] + more
+    torch.testing.assert_close(with_mask["total"], weighted)
