@@ -33,7 +33,8 @@ def test_odd_sizes_keep_their_halves() -> None:
 def test_a_cube_of_128_voxels_has_a_million_anchors() -> None:
     strides = [(4,) * 3, (8,) * 3, (16,) * 3, (32,) * 3]
     shapes = [tuple(128 // s for s in stride) for stride in strides]
-    sizes = [((4, 8, 16),) * 3] * 4
+    axis = (4, 8, 16)
+    sizes = [(axis, axis, axis)] * 4
     assert anchor_grid(shapes, strides, sizes).num_anchors == 1_010_880
 
 
@@ -46,7 +47,7 @@ def test_levels_of_unequal_number_are_refused() -> None:
 def test_anchors_equal_the_reference_up_to_half_a_stride(boxops, prefix: str) -> None:
     golden = boxops("anchors")
     axes = [golden.tensor(f"{prefix}_size_axis{axis}").tolist() for axis in range(3)]
-    sizes = list(zip(*axes, strict=True))
+    sizes = [(z, y, x) for z, y, x in zip(*axes, strict=True)]
     strides = golden.tensor(f"{prefix}_strides")
     shapes = golden.tensor(f"{prefix}_feature_shapes").tolist()
     grid = anchor_grid(shapes, strides.tolist(), sizes)

@@ -157,9 +157,7 @@ def test_geometry_equals_the_reference(boxops) -> None:
         ("keep_min_size_5", 5.0, False),
     ],
 )
-def test_small_boxes_are_those_of_the_reference(
-    boxops, name: str, side: float, clip: bool
-) -> None:
+def test_small_boxes_are_those_of_the_reference(boxops, name: str, side: float, clip: bool) -> None:
     golden = boxops("geometry")
     boxes = golden.boxes("boxes")
     if clip:

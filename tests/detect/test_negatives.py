@@ -13,7 +13,7 @@ from voxelbridge.detect.matching import match_atss
 from voxelbridge.detect.negatives import sample_hard_negatives
 
 
-def sample(positive: int, negative: int, **options: object) -> tuple[int, int]:
+def sample(positive: int, negative: int) -> tuple[int, int]:
     """How many positives and negatives are drawn from as many of each, four images."""
     mask = torch.arange(positive + negative) < positive
     rows = sample_hard_negatives(

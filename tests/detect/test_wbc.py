@@ -20,8 +20,8 @@ def plain_clustering(
         rows = [i for i in range(len(found)) if int(found.labels[i]) == label]
         rows = sorted(rows, key=lambda i: (-float(found.scores[i]), i))
         while rows:
-            iou = box_iou(found.boxes[rows[:1]], found.boxes[rows])[0].tolist()
-            cluster = [(row, v) for row, v in zip(rows, iou, strict=True) if v > threshold]
+            iou = box_iou(found.boxes[rows[:1]], found.boxes[rows])[0]  # compared in float32
+            cluster = [(row, v.item()) for row, v in zip(rows, iou, strict=True) if v > threshold]
             best, inside = rows[0], {row for row, _ in cluster}
             rows = [row for row in rows if row not in inside and row != best]
             if not cluster:
@@ -32,11 +32,8 @@ def plain_clustering(
             missing = sum(float(expected[r]) for r, _ in cluster) / len(cluster) - len(cluster)
             score = sum(scored) / (sum(mass) + max(0, missing) * sum(mass) / len(cluster))
             if score > 0:
-                box = [
-                    sum(m * float(found.boxes[r, k]) for m, (r, _) in zip(scored, cluster))
-                    / sum(scored)
-                    for k in range(6)
-                ]
+                members = found.boxes[[row for row, _ in cluster]].double()
+                box = (members.T @ torch.tensor(scored).double() / sum(scored)).tolist()
                 clusters.append((label, score, box))
     return clusters
 
@@ -98,9 +95,7 @@ def test_nothing_and_flat_boxes_give_nothing() -> None:
         scores=torch.tensor([0.9]),
         labels=torch.tensor([3]),
     )
-    merged = weighted_box_clustering(
-        flat, torch.ones(1), iou_threshold=0.0, expected=torch.ones(1)
-    )
+    merged = weighted_box_clustering(flat, torch.ones(1), iou_threshold=0.0, expected=torch.ones(1))
     assert len(merged) == 0
 
 

@@ -98,11 +98,18 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    low = torch.maximum(a[..., :3], b[..., :3])
-    high = torch.minimum(a[..., 3:], b[..., 3:])
-    intersection = _product((high - low).clamp(min=0))
-    union = box_volume(a) + box_volume(b) - intersection
-    return intersection, union
+    # Axis by axis on contiguous coordinates: far faster than a last dimension of length 3.
+    a_z0, a_y0, a_x0, a_z1, a_y1, a_x1 = _coordinates(a)
+    b_z0, b_y0, b_x0, b_z1, b_y1, b_x1 = _coordinates(b)
+    z = (torch.minimum(a_z1, b_z1) - torch.maximum(a_z0, b_z0)).clamp(min=0)
+    y = (torch.minimum(a_y1, b_y1) - torch.maximum(a_y0, b_y0)).clamp(min=0)
+    x = (torch.minimum(a_x1, b_x1) - torch.maximum(a_x0, b_x0)).clamp(min=0)
+    intersection = z * y * x
+    return intersection, box_volume(a) + box_volume(b) - intersection
+
+
+def _coordinates(boxes: Tensor) -> tuple[Tensor, ...]:
+    return boxes.movedim(-1, 0).contiguous().unbind(0)
 
 
 def _product(sizes: Tensor) -> Tensor:

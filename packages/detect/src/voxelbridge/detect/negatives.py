@@ -1,4 +1,4 @@
-"""Which anchors enter the classification loss when hard negatives are mined (nnDetection's rule)."""
+"""Which anchors enter the classification loss with hard-negative mining (nnDetection's rule)."""
 
 import torch
 from torch import Tensor

@@ -6,6 +6,7 @@ from torch import Tensor
 from voxelbridge.detect.boxes import box_iou
 
 _BLOCK = 256  # boxes decided at once; larger blocks waste overlaps with boxes already dropped
+_COLUMNS_ON_CPU = 512  # boxes compared with a block at once: larger matrices leave the cache
 
 
 @torch.no_grad()
@@ -55,4 +56,6 @@ def _survivors(boxes: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _suppressed(kept: Tensor, boxes: Tensor, iou_threshold: float) -> Tensor:
-    return (box_iou(kept, boxes) > iou_threshold).any(dim=0)
+    columns = _COLUMNS_ON_CPU if boxes.device.type == "cpu" else len(boxes)
+    parts = [(box_iou(kept, part) > iou_threshold).any(dim=0) for part in boxes.split(columns)]
+    return torch.cat(parts)

@@ -28,11 +28,11 @@ def select_detections(
     nms_iou: float = 0.6,
     max_detections: int = 100,
 ) -> Detections:
-    """The best boxes of one patch of `shape`; (A, 6), (A, K) -> at most `max_detections`, best first.
+    """The best boxes of one patch; (A, 6), (A, K) -> at most `max_detections`, best first.
 
-    Clip to the patch; the min(top_k, A) best (box, class) pairs; score above the threshold; every
-    side at least `min_side` voxels; suppression inside each class. Ties keep the order of anchors,
-    then classes.
+    Clip to the patch of `shape`; the min(top_k, A) best (box, class) pairs; score above the
+    threshold; every side at least `min_side` voxels; suppression inside each class. Ties keep the
+    order of anchors, then classes.
     """
     num_classes = probabilities.shape[1]
     flat = probabilities.float().flatten()

@@ -1,0 +1,1 @@
+"""Evaluation of detections: the tables, the assignment to objects, AP and FROC."""
