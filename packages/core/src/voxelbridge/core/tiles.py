@@ -31,6 +31,5 @@ def tiles(shape: Sequence[int], patch: Triple, *, overlap: float = 0.5) -> Itera
         tile_starts(size, edge, overlap=overlap)
         for size, edge in zip(shape, patch, strict=True)
     ]
-    for z, y, x in product(*per_axis):
-        yield (z, y, x)
+    yield from product(*per_axis)
 

@@ -20,6 +20,7 @@ BLOCKS_PER_CHUNK = 2  # per axis
 IMAGE_CODEC = (blosc2.Codec.LZ4HC, 5)
 LABEL_CODEC = (blosc2.Codec.ZSTD, 1)
 ONE_THREAD = {"nthreads": 1}  # a thread pool that was forked away would wait for ever
+READ_OPTIONS: dict[str, Any] = {"mmap_mode": "r", "dparams": ONE_THREAD}  # Any: blosc2's keywords
 
 
 def chunk_shapes(
@@ -37,8 +38,7 @@ def chunk_shapes(
         for size, extent in zip(shape[-3:], patch_size, strict=True)
     )
     chunks = tuple(
-        min(size, BLOCKS_PER_CHUNK * block)
-        for size, block in zip(shape[-3:], blocks, strict=True)
+        min(size, BLOCKS_PER_CHUNK * block) for size, block in zip(shape[-3:], blocks, strict=True)
     )
     return lead + chunks, lead + blocks
 
@@ -50,7 +50,7 @@ def write_array(
     chunks, blocks = chunk_shapes(array.shape, patch_size)
     codec, level = IMAGE_CODEC if kind == "image" else LABEL_CODEC
     blosc2.asarray(
-        np.ascontiguousarray(array),
+        np.ascontiguousarray(array),  # type: ignore[arg-type]  # blosc2's Array protocol is too narrow
         urlpath=str(path),
         mode="w",
         chunks=chunks,
@@ -71,7 +71,7 @@ def open_array(path: Path, *, shape: Sequence[int], dtype: type[np.generic]) -> 
     blosc2 files can also hold expressions with Python source; those are never opened.
     """
     try:
-        array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=ONE_THREAD)
+        array = blosc2.open(str(path), mode="r", **READ_OPTIONS)
     except Exception as error:  # blosc2 has no error type of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: cannot be opened ({reason}); prepare the case again") from error
@@ -97,11 +97,24 @@ def read_padded(
         target.append(slice(low - first, high - first))
     everything = (slice(None),) * len(lead)
     if all(part.stop - part.start == extent for part, extent in zip(inside, size, strict=True)):
-        return np.asarray(array[(*everything, *inside)])
+        return _decode(array, (*everything, *inside))
     patch = np.full((*lead, *size), pad_value, dtype=array.dtype)
     if all(part.stop > part.start for part in inside):
-        patch[(*everything, *target)] = array[(*everything, *inside)]
+        patch[(*everything, *target)] = _decode(array, (*everything, *inside))
     return patch
+
+
+def read_whole(array: blosc2.NDArray) -> NDArray[Any]:
+    """The whole array in memory."""
+    return _decode(array, (slice(None),) * array.ndim)
+
+
+def _decode(array: blosc2.NDArray, key: tuple[slice, ...]) -> NDArray[Any]:
+    try:
+        return np.asarray(array[key])
+    except RuntimeError as error:
+        path = array.schunk.urlpath
+        raise DataError(f"{path}: damaged ({error}); prepare the case again") from error
 
 
 def _power_of_two(limit: int) -> int:

@@ -1,4 +1,4 @@
-"""The case store: preprocessed cases as compressed arrays and JSON, hashed, atomic, read in patches.
+"""The case store: preprocessed cases as compressed arrays and JSON, hashed, read in patches.
 
 Layout (docs/formats/case.md): STORE/index.jsonl and, in STORE/cases/, {case}.json, {case}.b2nd and
 where they exist {case}.instances.b2nd and {case}.segmentation.b2nd.
@@ -15,45 +15,26 @@ import blosc2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from voxelbridge.core.data.array_file import open_array, read_padded, write_array
+from voxelbridge.core.data.array_file import open_array, read_padded, read_whole, write_array
+from voxelbridge.core.data.case_index import (
+    CASES_FOLDER,
+    ENDINGS,
+    INDEX_NAME,
+    SCHEMA,
+    CaseRecord,
+    Role,
+    case_path,
+    files_from_json,
+    index_line,
+    read_index,
+)
 from voxelbridge.core.data.mapping import StoredToOriginal
 from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import DataError
 from voxelbridge.core.files import atomic_write, read_json, remove_partial_files, sha256_of
 
-SCHEMA = 1
-INDEX_NAME = "index.jsonl"
-CASES_FOLDER = "cases"
 BOX_TOLERANCE = 1e-3  # voxels: rounding of float32 edges at the border of the volume
 DEFAULT_PATCH_SIZE = (128, 128, 128)
-
-Role = Literal["case", "image", "instances", "segmentation"]
-ENDINGS: Mapping[Role, str] = {
-    "case": ".json",
-    "image": ".b2nd",
-    "instances": ".instances.b2nd",
-    "segmentation": ".segmentation.b2nd",
-}
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """Size and SHA-256 of one file of a case."""
-
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class CaseRecord:
-    """One line of the index: all that sampling patches needs, without opening a file."""
-
-    case_id: str
-    shape: tuple[int, int, int, int]  # (C, D, H, W)
-    spacing_mm: tuple[float, float, float]  # (z, y, x)
-    boxes: NDArray[np.float32]  # (N, 6) voxel edges of the stored grid
-    labels: NDArray[np.int64]  # (N,) 0-based classes
-    files: Mapping[Role, StoredFile]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +54,15 @@ class CaseStoreWriter:
         self.patch_size = tuple(patch_size)
 
     def is_done(self, case_id: str) -> bool:
-        """Whether the case is complete on disk: its JSON is there and all its files have its sizes."""
-        path = _path(self.root, case_id, "case")
+        """Whether the case is complete on disk: its JSON and files of the sizes that it states."""
+        path = case_path(self.root, case_id, "case")
         if not path.is_file():
             return False
         try:
-            files = _files_from_json(read_json(path)["files"])
+            files = files_from_json(read_json(path)["files"])
         except (DataError, KeyError, TypeError, ValueError):
             return False  # written by a killed or older program: write it again
-        paths = {role: _path(self.root, case_id, role) for role in files}
+        paths = {role: case_path(self.root, case_id, role) for role in files}
         return all(
             paths[role].is_file() and paths[role].stat().st_size == file.num_bytes
             for role, file in files.items()
@@ -119,7 +100,7 @@ class CaseStoreWriter:
         files: dict[str, dict[str, Any]] = {}
         for role, array in arrays.items():
             kind = "image" if role == "image" else "labels"
-            with atomic_write(_path(self.root, case_id, role)) as temporary:
+            with atomic_write(case_path(self.root, case_id, role)) as temporary:
                 write_array(temporary, array, patch_size=self.patch_size, kind=kind)
                 files[role] = {
                     "bytes": temporary.stat().st_size,
@@ -138,7 +119,7 @@ class CaseStoreWriter:
             "extra": dict(extra or {}),
         }
         text = json.dumps(content, allow_nan=False, indent=1) + "\n"
-        with atomic_write(_path(self.root, case_id, "case")) as temporary:
+        with atomic_write(case_path(self.root, case_id, "case")) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def finish(self, *, only: Collection[str] | None = None) -> Path:
@@ -152,7 +133,7 @@ class CaseStoreWriter:
         for name in names:
             if not self.is_done(name):
                 raise DataError(f"{self.root}: case {name} is not complete; prepare it again")
-            lines.append(_index_line(self.root, name))
+            lines.append(index_line(self.root, name))
         body = "".join(line + "\n" for line in lines).encode()
         header = {
             "schema": SCHEMA,
@@ -177,9 +158,7 @@ class CaseStoreWriter:
 class CaseStore:
     """A finished store, read-only. Two processes may read it at once; forked workers share it."""
 
-    def __init__(
-        self, root: Path, cases: list[CaseRecord], *, digest: str, verify: bool
-    ) -> None:
+    def __init__(self, root: Path, cases: list[CaseRecord], *, digest: str, verify: bool) -> None:
         self.root = root
         self.cases = cases
         self.digest = digest
@@ -199,7 +178,7 @@ class CaseStore:
         `verify="never"` is for slow shared disks after `store.verify()` was run.
         `digest` is then the identity of the data: equal digests are equal stores.
         """
-        cases, digest = _read_index(root / INDEX_NAME)
+        cases, digest = read_index(root / INDEX_NAME)
         return cls(root, cases, digest=digest, verify=verify == "first_read")
 
     def record(self, case_id: str) -> CaseRecord:
@@ -224,7 +203,7 @@ class CaseStore:
 
     def read_image(self, case_id: str) -> NDArray[np.float32]:
         """The whole image (C, D, H, W)."""
-        return np.asarray(self._open(case_id, "image")[...])
+        return read_whole(self._open(case_id, "image"))
 
     def read_patch(
         self, case_id: str, start: Sequence[int], size: Sequence[int], *, pad_value: float = 0.0
@@ -234,7 +213,7 @@ class CaseStore:
 
     def read_instances(self, case_id: str) -> NDArray[np.int32]:
         """The whole instance map (D, H, W), 0 = background."""
-        return np.asarray(self._open(case_id, "instances")[...])
+        return read_whole(self._open(case_id, "instances"))
 
     def read_instances_patch(
         self, case_id: str, start: Sequence[int], size: Sequence[int], *, pad_value: int = 0
@@ -279,10 +258,10 @@ class CaseStore:
             if problem := self._problem(record, role):
                 raise DataError(problem)
             self._verified.add(key)
-        return _path(self.root, record.case_id, role)
+        return case_path(self.root, record.case_id, role)
 
     def _problem(self, record: CaseRecord, role: Role) -> str | None:
-        path = _path(self.root, record.case_id, role)
+        path = case_path(self.root, record.case_id, role)
         where = f"{path}: case {record.case_id}:"
         file = record.files[role]
         try:
@@ -294,10 +273,6 @@ class CaseStore:
         except OSError as error:
             return f"{where} cannot be read ({error.strerror}); prepare it again"
         return None
-
-
-def _path(root: Path, case_id: str, role: Role) -> Path:
-    return root / CASES_FOLDER / f"{case_id}{ENDINGS[role]}"
 
 
 def _check_case_id(case_id: str) -> None:
@@ -346,61 +321,3 @@ def _check_boxes(
     if (classes < 0).any():
         raise DataError(f"case {case_id}: class {classes.min()} is negative; classes start at 0")
     return edges, classes
-
-
-def _index_line(root: Path, case_id: str) -> str:
-    path = _path(root, case_id, "case")
-    raw = path.read_bytes()
-    content = json.loads(raw)
-    own = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    keys = ("case_id", "shape", "spacing_mm", "boxes", "labels")
-    line = {key: content[key] for key in keys} | {"files": {"case": own, **content["files"]}}
-    return json.dumps(line, separators=(",", ":"), allow_nan=False)
-
-
-def _read_index(path: Path) -> tuple[list[CaseRecord], str]:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path.parent}: no {INDEX_NAME}: not a finished case store") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    first, _, body = raw.partition(b"\n")
-    try:
-        header = json.loads(first)
-        schema, count = header["schema"], header["num_cases"]
-        digest = header["cases_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged first line ({error!r}); finish the store again") from None
-    if schema != SCHEMA:
-        raise DataError(f"{path}: schema {schema}, this version reads {SCHEMA}; prepare again")
-    if hashlib.sha256(body).hexdigest() != digest:
-        raise DataError(f"{path}: its content changed (SHA-256 differs); finish the store again")
-    try:
-        cases = [_record_from_json(json.loads(line)) for line in body.splitlines()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not an index of schema {SCHEMA} ({error!r})") from error
-    if len(cases) != count:
-        raise DataError(f"{path}: {len(cases)} cases, its first line says {count}")
-    return cases, digest
-
-
-def _record_from_json(content: dict[str, Any]) -> CaseRecord:
-    channels, depth, height, width = content["shape"]
-    z, y, x = content["spacing_mm"]
-    return CaseRecord(
-        content["case_id"],
-        (channels, depth, height, width),
-        (z, y, x),
-        np.array(content["boxes"], dtype=np.float32).reshape(-1, 6),
-        np.array(content["labels"], dtype=np.int64),
-        _files_from_json(content["files"]),
-    )
-
-
-def _files_from_json(content: Mapping[str, Any]) -> dict[Role, StoredFile]:
-    return {
-        role: StoredFile(int(content[role]["bytes"]), str(content[role]["sha256"]))
-        for role in ENDINGS
-        if role in content
-    }

@@ -1,4 +1,4 @@
-"""What is inside a volume: the box of non-zero voxels, objects from label maps, intensity samples."""
+"""What is inside a volume: the box of non-zero voxels, objects of label maps, intensities."""
 
 from collections.abc import Collection
 from typing import Any
@@ -17,7 +17,7 @@ def nonzero_box(image: NDArray[Any]) -> NDArray[np.int64]:
 
     An image of zeros gives the whole volume.
     """
-    bounds = _bounds(image.any(axis=0))
+    bounds = _bounds(np.any(image != 0, axis=0, keepdims=True)[0])
     return np.array([0, 0, 0, *image.shape[1:]]) if bounds is None else bounds
 
 
@@ -38,13 +38,15 @@ def instances_from_semantic(
     if bounds is None:
         return instances, 0
     inside = _slices(bounds)  # labelling only the box of the objects is most of the speed
-    components, count = ndimage.label(mask[inside], structure=FULL_CONNECTIVITY)
+    components = np.empty(mask[inside].shape, dtype=np.int32)
+    ndimage.label(mask[inside], structure=FULL_CONNECTIVITY, output=components)
+    count = int(components.max())
     sizes = np.bincount(components.ravel(), minlength=count + 1)
     kept = sizes >= min_voxels
     kept[0] = False
     numbers = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
     instances[inside] = numbers[components]
-    return instances, int(count - kept.sum())
+    return instances, count - int(kept.sum())
 
 
 def boxes_from_instances(
@@ -74,7 +76,7 @@ def boxes_from_instances(
 def foreground_samples(
     image: NDArray[Any], mask: NDArray[np.bool_], *, count: int, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """`count` intensities of (D, H, W) drawn with replacement where `mask` is True; none -> (0,)."""
+    """`count` intensities of (D, H, W) drawn with replacement where `mask` is True; or (0,)."""
     values = image[mask]
     if values.size == 0:
         return np.zeros(0, dtype=np.float32)

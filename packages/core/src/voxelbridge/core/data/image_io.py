@@ -1,4 +1,4 @@
-"""Image files to volumes and back: NIfTI, NRRD, MetaImage. The only place that knows x, y, z order."""
+"""Image files to volumes and back: NIfTI, NRRD, MetaImage. Only this module knows x, y, z order."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -38,7 +38,7 @@ Normalization = Annotated[ZScore | CTPercentile, Field(discriminator="name")]
 
 
 def normalize(array: NDArray[Any], scheme: ZScore | CTPercentile) -> NDArray[np.float32]:
-    """(D, H, W) of any real type -> normalised float32 (a new array). NaN or infinity: DataError."""
+    """(D, H, W) of any real type -> normalised float32, a new array. NaN, infinity: DataError."""
     image = array.astype(np.float32)
     if not np.isfinite(image).all():
         count = int(np.count_nonzero(~np.isfinite(image)))

@@ -8,9 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 Start = tuple[int, int, int]  # first voxel of the patch (z, y, x); may be negative: padded there
 
 
-def uniform_start(
-    rng: np.random.Generator, shape: Sequence[int], patch: Sequence[int]
-) -> Start:
+def uniform_start(rng: np.random.Generator, shape: Sequence[int], patch: Sequence[int]) -> Start:
     """A patch uniform over all positions inside the volume; centred on axes where it is larger."""
     z, y, x = (
         int(rng.integers(0, size - extent + 1)) if size >= extent else _centred(size, extent)
@@ -39,7 +37,7 @@ def object_start(
 def boxes_in_patch(
     boxes: ArrayLike, start: Sequence[int], patch: Sequence[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The visible parts of boxes (N, 6) in patch coordinates (M, 6), and their rows (M,) in `boxes`.
+    """The visible parts (M, 6) of boxes (N, 6) in patch coordinates, and their rows (M,).
 
     A box that only touches the patch from outside is not visible.
     """
@@ -61,7 +59,7 @@ def _object_start_on_axis(
         return _centred(size, extent)
     last = size - extent
     first_voxel, end_voxel = int(np.floor(low)), int(np.ceil(high))
-    if end_voxel - first_voxel >= extent:
+    if end_voxel - first_voxel > extent:
         centre = rng.integers(first_voxel, end_voxel)
         return int(np.clip(centre - extent // 2, 0, last))
     earliest = int(np.clip(end_voxel - extent, 0, last))

@@ -69,7 +69,10 @@ def _resize_channel(source: NDArray[np.float32], target: NDArray[np.float32]) ->
     # (D, H, W) -> target. Axes that shrink come first, so that the later products are smaller; z
     # goes first or last as a whole, y and x slab by slab to bound the memory.
     shrinks = target.shape[0] < source.shape[0]
-    current = _resize_z(source, target.shape[0]) if shrinks else source
+    current: NDArray[np.float32] = source
+    if shrinks:
+        current = np.empty_like(source, shape=(target.shape[0], *source.shape[1:]), order="C")
+        _resize_z(source, current)
     plane_bytes = 4 * max(current.shape[1], target.shape[1]) * max(source.shape[2], target.shape[2])
     step = max(1, SLAB_BYTES // plane_bytes)
     if shrinks or source.shape[0] == target.shape[0]:
@@ -81,26 +84,21 @@ def _resize_channel(source: NDArray[np.float32], target: NDArray[np.float32]) ->
     planes = np.empty((source.shape[0], *target.shape[1:]), dtype=np.float32)
     for start in range(0, source.shape[0], step):
         planes[start : start + step] = _resize_plane(source[start : start + step], target.shape[1:])
-    target[...] = _resize_z(planes, target.shape[0])
+    _resize_z(planes, target)
 
 
-def _resize_z(array: NDArray[np.float32], new: int) -> NDArray[np.float32]:
-    depth = array.shape[0]
-    if depth == new:
-        return array
-    flat = array.reshape(depth, -1)
-    out = np.empty((new, flat.shape[1]), dtype=np.float32)
-    for rows, columns, weights in _blocks(depth, new):
+def _resize_z(source: NDArray[np.float32], target: NDArray[np.float32]) -> None:
+    # target must be contiguous: the products are written into views of it
+    flat, out = source.reshape(len(source), -1), target.reshape(len(target), -1)
+    for rows, columns, weights in _blocks(len(source), len(target)):
         np.matmul(weights, flat[columns], out=out[rows])
-    return out.reshape(new, *array.shape[1:])
 
 
 def _resize_plane(slab: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
     height, width = shape
-    by_y = lambda array: _resize_y(array, height)  # noqa: E731 - two names for one order choice
-    by_x = lambda array: _resize_x(array, width)  # noqa: E731
-    y_first = height * slab.shape[2] <= width * slab.shape[1]
-    return by_x(by_y(slab)) if y_first else by_y(by_x(slab))
+    if height * slab.shape[2] <= width * slab.shape[1]:  # the smaller intermediate first
+        return _resize_x(_resize_y(slab, height), width)
+    return _resize_y(_resize_x(slab, width), height)
 
 
 def _resize_y(slab: NDArray[np.float32], new: int) -> NDArray[np.float32]:
@@ -127,8 +125,8 @@ def _resize_x(slab: NDArray[np.float32], new: int) -> NDArray[np.float32]:
 @lru_cache(maxsize=16)
 def _blocks(old: int, new: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
     # The resize matrix (new, old) of one axis as dense blocks around its diagonal band.
-    matrix = ndimage.zoom(
-        np.eye(old), (new / old, 1.0), order=3, mode="nearest", grid_mode=True, prefilter=True
+    matrix = np.asarray(
+        ndimage.zoom(np.eye(old), (new / old, 1.0), order=3, mode="nearest", grid_mode=True)
     )
     blocks = []
     for start in range(0, new, ROWS_PER_BLOCK):

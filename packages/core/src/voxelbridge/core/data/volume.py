@@ -98,7 +98,7 @@ class Grid:
         return Grid(_as_shape(shape), affine)
 
     def max_offset_mm(self, other: "Grid") -> float:
-        """Largest distance between equal corners of two grids of one shape; inf if shapes differ."""
+        """Largest distance between equal corners of two grids; infinite if their shapes differ."""
         if self.shape != other.shape:
             return float("inf")
         corners = np.array(list(product(*((0.0, n) for n in self.shape))))
@@ -264,7 +264,9 @@ def boxes_from_world_mm(boxes_mm: ArrayLike, grid: Grid) -> FloatArray:
     The result encloses the eight transformed corners, and may reach outside the grid.
     """
     boxes = _as_boxes(boxes_mm)
-    ends = np.concatenate([boxes[:, :3] - boxes[:, 3:] / 2, boxes[:, :3] + boxes[:, 3:] / 2], axis=1)
+    ends = np.concatenate(
+        [boxes[:, :3] - boxes[:, 3:] / 2, boxes[:, :3] + boxes[:, 3:] / 2], axis=1
+    )
     edges = world_to_edges(_corners(ends), grid)  # (N, 8, 3)
     return np.concatenate([edges.min(axis=1), edges.max(axis=1)], axis=1)
 
