@@ -33,4 +33,3 @@ def test_every_voxel_is_covered_and_windows_stay_inside(
 
 def test_tiles_are_the_product_of_the_axes() -> None:
     assert list(tiles((4, 6, 2), (4, 4, 4), overlap=0.5)) == [(0, 0, 0), (0, 2, 0)]
-

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
 from voxelbridge.core.arch.config import DecoderConfig, EncoderConfig
@@ -21,7 +20,11 @@ ANISOTROPIC = RESENC_SMALL.model_copy(
 
 
 def peer_of(config: EncoderConfig, convs_coarse_first: list[int], num_classes: int) -> nn.Module:
-    network: Any = ResidualEncoderUNet if config.kind == "residual" else PlainConvUNet
+    peer = pytest.importorskip(
+        "dynamic_network_architectures.architectures.unet", reason="the peer is not installed"
+    )
+    residual = config.kind == "residual"
+    network: Any = peer.ResidualEncoderUNet if residual else peer.PlainConvUNet
     return network(
         1,
         len(config.features),

@@ -141,6 +141,8 @@ def _read_tree(source: Path) -> Tree:
         raise ConfigError(f"{source}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a table of settings, got {type(tree).__name__}")
+    if source.suffix == ".json":  # a run's config.json says besides what it is
+        return {key: value for key, value in tree.items() if key not in ("schema", "kind")}
     return tree
 
 

@@ -27,9 +27,7 @@ def tile_starts(size: int, patch: int, *, overlap: float = 0.5) -> list[int]:
 
 def tiles(shape: Sequence[int], patch: Triple, *, overlap: float = 0.5) -> Iterator[Triple]:
     """First voxels (z, y, x) of all windows over a volume of `shape`, z slowest."""
-    per_axis = [
-        tile_starts(size, edge, overlap=overlap)
-        for size, edge in zip(shape, patch, strict=True)
-    ]
-    yield from product(*per_axis)
-
+    z, y, x = (
+        tile_starts(size, edge, overlap=overlap) for size, edge in zip(shape, patch, strict=True)
+    )
+    yield from product(z, y, x)

@@ -1,7 +1,7 @@
 """One process, or one per rank under `torchrun`: who am I, what do all ranks agree on.
 
-Start several ranks with `torchrun --nproc-per-node N -m voxelbridge.<part>.cli train ...`; nothing
-else changes. Gradients are averaged by DistributedDataParallel over nccl (GPU) or gloo (CPU).
+Start several ranks with `torchrun --nproc-per-node N -m -- voxelbridge.<part>.cli train ...`;
+nothing else changes. DistributedDataParallel averages gradients over nccl (GPU) or gloo (CPU).
 Decisions and log values go over a gloo group of their own, so that they never wait for the GPU.
 Only rank 0 writes files.
 """
@@ -28,7 +28,7 @@ TIMEOUT = timedelta(minutes=10)  # a dead rank ends the others after this
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """This process among all ranks of the job; `control` is the gloo group of decisions."""
 
@@ -74,6 +74,7 @@ class World:
 @contextmanager
 def join_world(device: DeviceChoice) -> Iterator[World]:
     """The world of this process: alone, or one rank of the job that `torchrun` started."""
+    torch.backends.cudnn.benchmark = True  # patches keep their size: the search pays off at once
     if not dist.is_torchelastic_launched():
         yield World(choose_device(device))
         return
@@ -81,10 +82,17 @@ def join_world(device: DeviceChoice) -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    world = World(chosen, dist.get_rank(), dist.get_world_size(), control)
+    del control
     try:
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        yield World(chosen, dist.get_rank(), dist.get_world_size(), control)
+        yield world
+        world.gather(None)  # a rank that left early would cut the others' last exchange
     finally:
+        # A group that is alive when the interpreter ends aborts the process now and then: its
+        # threads are still running. So the last references go here, before the groups do.
+        world.control = None
+        gc.collect()
         dist.destroy_process_group()
 
 

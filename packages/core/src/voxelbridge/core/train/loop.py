@@ -72,6 +72,7 @@ class Training:
         self.first_step = first_step
         self.next_step = first_step
         self.stopped_by: str | None = None  # the signal that ended the training early
+        self.is_main = world.is_main
         self._settings = settings
         self._objective = objective
         self._optimizer = optimizer
@@ -228,10 +229,11 @@ def report_stop(training: Training) -> None:
     """Says that a signal ended the training early; after Ctrl-C raises KeyboardInterrupt."""
     if training.stopped_by is None:
         return
-    print(
-        f"stopped by {training.stopped_by} after step {training.next_step - 1}; "
-        "the state is saved: the same command goes on from here"
-    )
+    if training.is_main:
+        print(
+            f"stopped by {training.stopped_by} after step {training.next_step - 1}; "
+            "the state is saved: the same command goes on from here"
+        )
     if training.stopped_by == SIGINT.name:
         raise KeyboardInterrupt
 

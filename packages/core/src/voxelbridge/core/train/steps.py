@@ -63,6 +63,7 @@ def train_steps(
     step. `frozen_parts(step)` names the submodules that do not train at a step.
     """
     objective.train()
+    trainable = [p for p in objective.parameters() if p.requires_grad]
     stream = iter(batches)
     watch = _FiniteWatch(world.device)
     frozen: tuple[str, ...] | None = None
@@ -70,7 +71,7 @@ def train_steps(
     for step in range(first_step, steps):
         if frozen_parts(step) != frozen:
             frozen = frozen_parts(step)
-            freeze(objective, frozen)
+            freeze(objective, frozen, trainable=trainable)
             synchronised = None
             synchronised = world.synchronised(objective)
         assert synchronised is not None
@@ -88,9 +89,10 @@ def train_steps(
     watch.raise_if_found()
 
 
-def freeze(module: nn.Module, parts: Sequence[str]) -> None:
-    """Makes the named submodules (dotted names) not trainable and all others trainable."""
-    module.requires_grad_(True)
+def freeze(module: nn.Module, parts: Sequence[str], *, trainable: Sequence[nn.Parameter]) -> None:
+    """Makes `trainable` parameters train, except those of the named submodules (dotted names)."""
+    for parameter in trainable:
+        parameter.requires_grad_(True)
     for name in parts:
         module.get_submodule(name).requires_grad_(False)
 

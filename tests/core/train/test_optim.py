@@ -7,7 +7,7 @@ from voxelbridge.core.errors import ConfigError
 from voxelbridge.core.train.optim import SGD, AdamW, Optim, build_optimizer, parameter_groups
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     norm = nn.InstanceNorm3d(4, affine=True)
     return nn.Sequential(nn.Conv3d(1, 4, 3), norm, nn.Conv3d(4, 4, 1), nn.GroupNorm(2, 4))
 

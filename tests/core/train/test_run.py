@@ -74,7 +74,7 @@ def test_missing_run_is_refused(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".partial-x-config.json").touch()
     with open_run(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoints", "config.json"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoints", "config.json"]
 
 
 def test_facts_are_kept_and_must_not_change(tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Pat
 def test_forked_children_do_not_hold_the_lock(tmp_path: Path) -> None:
     # Data workers outlive a killed parent by seconds; the same command must start at once.
     code = HOLD.replace(
-        'print("held", flush=True)',
-        'import os\n    if os.fork() == 0: time.sleep(20); os._exit(0)\n    print("held", flush=True)',
+        'print("held"',
+        'import os\n    if os.fork() == 0: time.sleep(20); os._exit(0)\n    print("held"',
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     assert holder.stdout is not None

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -75,7 +74,7 @@ def test_torn_tail_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     metrics.write({"step": 2, "loss": 0.25})
     metrics.close()
     assert path.read_bytes() == whole + b'{"step": 2, "loss": 0.25}\n'
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""vb-ssl: self-supervised pre-training from a folder of images to a checkpoint."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from voxelbridge.core.command_line import make_app, run_app
+
+PACKAGE = "voxelbridge.pretrain_ssl"
+
+app = make_app("Self-supervised pre-training of 3D encoders.")
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Plan(StrEnum):
+    """Which spacing the cases get."""
+
+    fixed = "fixed"
+    median = "median"
+    none = "none"
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable."),
+]
+Preset = Annotated[str, typer.Argument(help="Shipped preset (mae, mae_small) or a TOML file.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Folder of images, or a raw data set.")],
+    store: Annotated[Path, typer.Argument(help="Case store to write or to complete.")],
+    plan: Annotated[
+        Plan, typer.Option(help="fixed: 1 mm; median: the median spacing; none: native grid.")
+    ] = Plan.fixed,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one.")] = 2,
+) -> None:
+    """Bring images into a case store; what is done is skipped."""
+    from voxelbridge.pretrain_ssl.prepare import prepare as prepare_store
+
+    report = prepare_store(source, store, plan=plan.value, workers=workers)
+    for failure in report.failures:
+        typer.echo(f"failed: {failure}", err=True)
+    typer.echo(
+        f"{store}: {report.num_cases} cases ({report.num_skipped} were there), "
+        f"{len(report.failures)} failed"
+    )
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    preset: Preset,
+    store: Annotated[Path, typer.Option(help="Case store; read only.")],
+    run: Annotated[Path, typer.Option(help="Run directory; an existing one is continued.")],
+    overrides: Overrides = None,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load; 0: this one.")] = 2,
+    tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard files.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="One step, nothing written.")] = False,
+) -> None:
+    """Pre-train; the same command on an existing run goes on where it stopped."""
+    from voxelbridge.core.config import load_config, preset_path
+    from voxelbridge.pretrain_ssl.config import PretrainConfig
+    from voxelbridge.pretrain_ssl.train import train as train_run
+
+    resolved = load_config(PretrainConfig, preset_path(PACKAGE, preset), overrides or ())
+    train_run(
+        resolved.config,
+        store=store,
+        run=run,
+        device=device.value,
+        workers=workers,
+        tensorboard=tensorboard,
+        dry_run=dry_run,
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors to write.")],
+) -> None:
+    """Write the run's encoder and decoder as a checkpoint."""
+    from voxelbridge.pretrain_ssl.export import export as export_run
+
+    metadata = export_run(run, output)
+    typer.echo(f"{output}: {metadata.method}, {metadata.source.steps} steps")
+
+
+@app.command()
+def show(preset: Preset, overrides: Overrides = None) -> None:
+    """Print the resolved settings, each with its origin."""
+    from voxelbridge.core.config import load_config, preset_path
+    from voxelbridge.pretrain_ssl.config import PretrainConfig
+
+    typer.echo(
+        load_config(PretrainConfig, preset_path(PACKAGE, preset), overrides or ()).describe()
+    )
+
+
+def main() -> None:
+    """Entry point of the command `vb-ssl`."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from voxelbridge.core.checkpoint import read_checkpoint
+from voxelbridge.core.config import load_config, preset_path
+from voxelbridge.core.errors import ConfigError, DataError
+from voxelbridge.core.train.metrics import read_metrics
+from voxelbridge.core.transfer import load_encoder
+from voxelbridge.pretrain_ssl.config import PretrainConfig
+from voxelbridge.pretrain_ssl.export import export
+from voxelbridge.pretrain_ssl.train import train
+
+STEPS = 30
+SMALL = (
+    "patch_size=[16,16,16]",
+    f"schedule.steps={STEPS}",
+    "log_every_steps=4",
+    "checkpoint_every_steps=5",
+    "validate_every_steps=6",
+    "validation_patches=2",
+)
+
+
+def small(*overrides: str) -> PretrainConfig:
+    path = preset_path("voxelbridge.pretrain_ssl", "mae_small")
+    return load_config(PretrainConfig, path, [*SMALL, *overrides]).config
+
+
+def command(store: Path, run: Path, overrides: Sequence[str] = (), *more: str) -> list[str]:
+    settings = [part for text in (*SMALL, *overrides) for part in ("--set", text)]
+    places = ["--store", str(store), "--run", str(run), "--device", "cpu"]
+    words = ["train", "mae_small", *places, *settings, *more]
+    # One thread, as in the test process: sums over threads may differ in the last bit.
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from voxelbridge.pretrain_ssl.cli import main; main()"
+    )
+    return [sys.executable, "-c", code, *words]
+
+
+def wait_for_records(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    path = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.002)
+    assert process.poll() == 0, f"no {count} records (status {process.poll()})"
+
+
+def test_short_run_writes_everything(tiny_store: Path, tmp_path: Path) -> None:
+    config = small("schedule.steps=6")
+    path = train(config, store=tiny_store, run=tmp_path / "run", device="cpu")
+    assert path is not None
+    assert path == tmp_path / "run" / "checkpoints" / "final.safetensors"
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [3, 5]
+    assert {"step", "loss", "learning_rate", "gradient_norm"} == set(records[0])
+    assert set(records[1]) - set(records[0]) == {"val_loss"}
+    metadata = read_checkpoint(path).metadata
+    assert metadata.method == "mae"
+    assert metadata.source.steps == 6
+    assert metadata.source.datasets == ("store",)
+    assert metadata.spacing_mm == (1.0, 1.0, 1.0)
+    assert metadata.patch_size == (16, 16, 16)
+    assert metadata.normalization == ({"name": "zscore", "nonzero_only": False},)
+    assert metadata.init == "torch_default"
+    assert metadata.citations
+    assert metadata.decoder is not None
+    assert {name.split(".")[0] for name in read_checkpoint(path).tensors} == {"encoder", "decoder"}
+    assert [m.shape[1] for m in load_encoder(path)(torch.zeros(1, 1, 16, 16, 16))] == [
+        8,
+        16,
+        32,
+        64,
+    ]
+
+
+def test_finished_run_is_left_as_it_is(tiny_store: Path, tmp_path: Path) -> None:
+    config = small("schedule.steps=3")
+    path = train(config, store=tiny_store, run=tmp_path, device="cpu")
+    assert path is not None
+    before = path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(config, store=tiny_store, run=tmp_path, device="cpu") == path
+    assert (path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()) == before
+
+
+def test_losses_do_not_depend_on_workers(tiny_store: Path, tmp_path: Path) -> None:
+    config = small("schedule.steps=5", "log_every_steps=1", "validation_patches=0")
+    for workers in (0, 2):
+        train(config, store=tiny_store, run=tmp_path / str(workers), device="cpu", workers=workers)
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("0", "2"))
+    assert first == second
+
+
+def test_dry_run_writes_nothing(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(small(), store=tiny_store, run=run, device="cpu", dry_run=True) is None
+    assert not run.exists()
+    assert "dry run: one step done, nothing written" in capsys.readouterr().out
+
+
+def test_differing_config_on_an_existing_run_lists_the_keys(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    train(small("schedule.steps=1"), store=tiny_store, run=tmp_path, device="cpu")
+    for dry_run in (False, True):
+        with pytest.raises(ConfigError, match=r"schedule\.steps: 1 -> 2; seed: 0 -> 1"):
+            train(
+                small("schedule.steps=2", "seed=1"),
+                store=tiny_store,
+                run=tmp_path,
+                device="cpu",
+                dry_run=dry_run,
+            )
+
+
+def test_other_store_on_an_existing_run_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    train(small("schedule.steps=1"), store=tiny_store, run=tmp_path, device="cpu")
+    facts = json.loads((tmp_path / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps({**facts, "store_sha256": "0" * 64}))
+    with pytest.raises(DataError, match="the run was started with other data"):
+        train(small("schedule.steps=1"), store=tiny_store, run=tmp_path, device="cpu")
+
+
+def test_export_gives_the_finished_checkpoint_again(tiny_store: Path, tmp_path: Path) -> None:
+    path = train(small("schedule.steps=2"), store=tiny_store, run=tmp_path / "run", device="cpu")
+    assert path is not None
+    export(tmp_path / "run", tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_is_bit_identical(tiny_store: Path, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    subprocess.run(command(tiny_store, straight), check=True, stdout=subprocess.DEVNULL)
+    kills = 0
+    for number, more in enumerate((0, 1, 1, 2, 1, 2)):
+        written = broken / "metrics.jsonl"
+        before = written.read_bytes().count(b"\n") if written.exists() else 0
+        process = subprocess.Popen(
+            command(tiny_store, broken, (), "--workers", str(number % 2)),
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        wait_for_records(broken, before + more, process)
+        time.sleep(0.011 * number)  # somewhere within the following steps
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 4
+    with (broken / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 28, "lo')  # as a power cut leaves it
+    subprocess.run(command(tiny_store, broken), check=True, stdout=subprocess.DEVNULL)
+    assert read_metrics(broken / "metrics.jsonl") == read_metrics(straight / "metrics.jsonl")
+    final = Path("checkpoints") / "final.safetensors"
+    assert (broken / final).read_bytes() == (straight / final).read_bytes()
+    leftovers = [p for p in broken.rglob("*") if p.name.startswith(".partial")]
+    assert leftovers == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
+def test_signal_saves_within_a_step_and_the_same_command_goes_on(
+    tiny_store: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    changed = ("checkpoint_every_steps=1000", "log_every_steps=1", "validate_every_steps=1000")
+    process = subprocess.Popen(
+        command(tiny_store, stopped, changed, "--workers", "1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_records(stopped, 3, process)
+    os.killpg(process.pid, number)  # workers get it too, as from a terminal or a batch system
+    before = len(read_metrics(stopped / "metrics.jsonl"))
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert f"stopped by {number.name} after step" in output
+    assert "Traceback" not in errors
+    state = json.loads((stopped / "checkpoints" / "state.json").read_text())
+    assert state["step"] == len(read_metrics(stopped / "metrics.jsonl")) < STEPS
+    assert state["step"] - before <= 2
+    subprocess.run(command(tiny_store, stopped, changed), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(tiny_store, straight, changed), check=True, stdout=subprocess.DEVNULL)
+    assert read_metrics(stopped / "metrics.jsonl") == read_metrics(straight / "metrics.jsonl")
