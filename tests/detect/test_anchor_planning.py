@@ -21,8 +21,8 @@ def test_default_sizes_are_nndetections() -> None:
 def test_a_cube_with_a_matching_anchor_overlaps_fully() -> None:
     sizes = default_anchor_sizes(STRIDES)
     assert mean_best_overlap(np.array([[8.0, 8.0, 8.0]]), sizes) == 1.0
-    # 8 x 8 x 8 inside 8 x 8 x 16, the nearest of all sizes
-    assert mean_best_overlap(np.array([[8.0, 8.0, 12.0]]), sizes) == pytest.approx(8 / 12)
+    # 8 x 8 x 16 is the nearest of all sizes and contains it
+    assert mean_best_overlap(np.array([[8.0, 8.0, 12.0]]), sizes) == pytest.approx(12 / 16)
 
 
 @pytest.mark.parametrize("sizes_per_axis", [1, 2, 3])

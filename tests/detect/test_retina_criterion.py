@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from voxelbridge.detect.anchors import anchor_grid
+from voxelbridge.detect.batches import DetectionBatch
 from voxelbridge.detect.config import RetinaUNetConfig
 from voxelbridge.detect.detections import Targets
 from voxelbridge.detect.matching import match_atss
@@ -44,7 +45,7 @@ def _reference(output: RetinaOutput, targets: list[Targets]) -> tuple[float, flo
     for index, target in enumerate(targets):
         match = match_atss(target.boxes, output.anchors, candidates=4)
         for anchor, row in enumerate(match.tolist()):
-            logits = output.logits[index, anchor].double()
+            logits = output.logits[index, anchor].detach().double()
             per_class = []
             for label, logit in enumerate(logits.tolist()):
                 hit = row >= 0 and int(target.labels[row]) == label
@@ -56,7 +57,9 @@ def _reference(output: RetinaOutput, targets: list[Targets]) -> tuple[float, flo
             if row >= 0:
                 positives += 1
                 box += _plain_l1(
-                    output.deltas[index, anchor].double(), target.boxes[row], anchors[anchor]
+                    output.deltas[index, anchor].detach().double(),
+                    target.boxes[row],
+                    anchors[anchor],
                 )
     return focal / positives, box / positives
 
@@ -114,7 +117,8 @@ def test_boxes_only_batches_keep_the_names_of_the_losses() -> None:
         def forward(self, image: Tensor, *, segment: bool) -> RetinaOutput:
             return output
 
-    from voxelbridge.detect.batches import DetectionBatch
+        def idle_parameters(self, *, segment: bool) -> list[torch.nn.Parameter]:
+            return []
 
     objective = RetinaObjective(Fixed(), _criterion(), RetinaUNetConfig())  # pyright: ignore[reportArgumentType] a stand-in network
     image = torch.zeros(2, 1, 16, 16, 16)

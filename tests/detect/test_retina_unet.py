@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from voxelbridge.detect.build import build_detector, load_detect_config
+from voxelbridge.detect.config import RetinaUNetConfig
 from voxelbridge.detect.retina_head import RetinaHead
 
 
@@ -61,7 +62,7 @@ def test_without_segmentation_the_finer_maps_are_not_computed() -> None:
     detector = build_detector(config, in_channels=1, num_classes=1).eval()
     image = torch.randn(1, 1, 16, 16, 16)
     with_segmentation = detector(image, segment=True)
-    fine = detector.neck.out[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue] nn.Module
+    fine = next(iter(detector.neck.out))
     calls: list[int] = []
     fine.register_forward_hook(lambda *_: calls.append(1))
     without = detector(image, segment=False)
@@ -72,15 +73,22 @@ def test_without_segmentation_the_finer_maps_are_not_computed() -> None:
     torch.testing.assert_close(without.logits, with_segmentation.logits)
 
 
-def test_all_parameters_get_gradients() -> None:
+@pytest.mark.parametrize("segment", [True, False])
+def test_all_but_the_idle_parameters_get_gradients(segment: bool) -> None:
     torch.manual_seed(0)
-    detector = build_detector("retunet_small", in_channels=2, num_classes=2)
-    output = detector(torch.randn(1, 2, 16, 16, 16), segment=True)
-    assert output.segmentation is not None
-    parts = (output.logits, output.deltas, output.segmentation)
+    config = load_detect_config("retunet_small")
+    levels = RetinaUNetConfig(head_levels=(2, 3), channels=16, sizes_per_axis=1)
+    config = config.model_copy(update={"detector": levels})
+    detector = build_detector(config, in_channels=2, num_classes=2)
+    output = detector(torch.randn(1, 2, 16, 16, 16), segment=segment)
+    parts = [output.logits, output.deltas]
+    if output.segmentation is not None:
+        parts.append(output.segmentation)
     torch.stack([part.square().sum() for part in parts]).sum().backward()
-    without = [name for name, p in detector.named_parameters() if p.grad is None]
-    assert without == []
+    idle = {id(parameter) for parameter in detector.idle_parameters(segment=segment)}
+    without = {id(parameter) for parameter in detector.parameters() if parameter.grad is None}
+    assert without == idle
+    assert idle
 
 
 def test_anchors_of_a_non_cubic_patch_lie_on_its_cells() -> None:
@@ -89,5 +97,5 @@ def test_anchors_of_a_non_cubic_patch_lie_on_its_cells() -> None:
     anchors = output.anchors.boxes()
     assert anchors.shape == (output.logits.shape[1], 6)
     centers = (anchors[:, :3] + anchors[:, 3:]) / 2
-    assert centers.min() == 1.0  # half of stride 2
-    torch.testing.assert_close(centers.max(dim=0).values, torch.tensor([15.0, 23.0, 31.0]))
+    assert centers.min() == 2.0  # half of stride 4
+    torch.testing.assert_close(centers.max(dim=0).values, torch.tensor([14.0, 22.0, 30.0]))

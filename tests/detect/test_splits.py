@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxelbridge.core.errors import DataError
-from voxelbridge.detect.splits import check_splits, make_splits, read_splits, write_splits
+from voxelbridge.detect.splits import make_splits, read_splits, write_splits
 
 
 @settings(deadline=None, max_examples=30)
@@ -29,20 +29,6 @@ def test_every_case_is_held_out_once_and_patients_stay_together(cases: int, per:
 def test_the_order_of_the_cases_does_not_matter() -> None:
     names = [f"c{number}" for number in range(12)]
     assert make_splits(names, {}) == make_splits(names[::-1], {})
-
-
-def test_own_splits_are_checked(tmp_path: Path) -> None:
-    where = tmp_path / "splits.json"
-    good = [{"train": ["a"], "val": ["b"]}]
-    assert check_splits(good, ["a", "b"], where=where) == good
-    for bad, message in (
-        ({"train": []}, "expected a list"),
-        ([{"train": ["a"]}], "needs the lists"),
-        ([{"train": ["a"], "val": ["x"]}], "names x"),
-        ([{"train": ["a"], "val": ["a"]}], "both sides"),
-    ):
-        with pytest.raises(DataError, match=message):
-            check_splits(bad, ["a", "b"], where=where)
 
 
 def test_written_splits_read_back(tmp_path: Path) -> None:

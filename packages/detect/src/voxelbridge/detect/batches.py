@@ -51,7 +51,7 @@ class CaseObjects:
 
 @dataclass(frozen=True)
 class PatchSampler:
-    """`sampler(step, rng)` gives the batch of a training step; it reads no more than the patches."""
+    """`sampler(step, rng)` gives the batch of a training step; it reads just its patches."""
 
     store: CaseStore
     cases: Mapping[str, CaseObjects]
@@ -108,9 +108,9 @@ def case_objects(store: CaseStore, case_ids: Sequence[str]) -> dict[str, CaseObj
         _, depth, height, width = record.shape
         table[case_id] = CaseObjects(
             shape=(depth, height, width),
-            boxes=np.asarray(record.boxes, dtype=np.float32).reshape(-1, 6),
-            labels=np.asarray(record.labels, dtype=np.int64),
-            has_instances=record.has_instances,
+            boxes=record.boxes,
+            labels=record.labels,
+            has_instances="instances" in record.files,
         )
     return table
 
@@ -152,10 +152,10 @@ def flip_sample(sample: Sample, *, axes: Sequence[int]) -> Sample:
         boxes[:, axis + 3] = size - sample.boxes[:, axis]
     foreground = sample.foreground
     return Sample(
-        image=np.flip(sample.image, axis=[1 + axis for axis in axes]),
+        image=np.flip(sample.image, axis=tuple(1 + axis for axis in axes)),
         boxes=boxes,
         labels=sample.labels,
-        foreground=None if foreground is None else np.flip(foreground, axis=list(axes)),
+        foreground=None if foreground is None else np.flip(foreground, axis=tuple(axes)),
     )
 
 

@@ -1,5 +1,6 @@
 """What is trained: a detector with its losses, weighted once into the total."""
 
+import torch
 from torch import Tensor, nn
 
 from voxelbridge.detect.batches import DetectionBatch
@@ -32,13 +33,12 @@ class RetinaObjective(nn.Module):
     def forward(self, batch: DetectionBatch) -> dict[str, Tensor]:
         output = self.detector(batch.image, segment=self.segments)
         losses: dict[str, Tensor] = self.criterion(output, batch.targets, batch.foreground)
-        total = sum(
-            (self.weights[name] * loss for name, loss in losses.items()),
-            start=losses["box"].new_zeros(()),
-        )
         if self.segments and "segmentation_ce" not in losses:
-            # Ranks must agree on the parameters that get gradients, also for boxes-only patches.
-            total = total + 0.0 * output.segmentation.float().sum()
-            zero = losses["box"].new_zeros(())
+            # Steps with and without voxel labels have the same names, so that means can be taken.
+            zero = 0.0 * output.segmentation.float().sum()
             losses |= {"segmentation_ce": zero, "segmentation_dice": zero}
+        total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
+        # DistributedDataParallel waits for a gradient of every parameter.
+        for parameter in self.detector.idle_parameters(segment=self.segments):
+            total = total + 0.0 * parameter.sum()
         return {"total": total, **losses}

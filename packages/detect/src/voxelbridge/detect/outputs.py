@@ -47,7 +47,7 @@ def write_case_json(
             "boxes": [
                 {
                     "label": int(label),
-                    "class": class_names[label],
+                    "class": class_names[int(label)],
                     "score": float(score),
                     "box": [float(edge) for edge in box],
                     "box_mm": [float(value) for value in box_mm],
@@ -74,7 +74,8 @@ def write_slicer_markups(
     """
     order = np.argsort(-scores, kind="stable")[:max_boxes]
     rois = [
-        _roi(grid, boxes[row], f"{class_names[labels[row]]} {scores[row]:.3f}") for row in order
+        _roi(grid, boxes[row], f"{class_names[int(labels[row])]} {scores[row]:.3f}")
+        for row in order
     ]
     write_json(path, {"@schema": MARKUPS_SCHEMA, "markups": rois})
 
@@ -121,7 +122,7 @@ def write_overlay(
         title = "no box"
         if len(order):
             row = order[position]
-            title = f"{class_names[labels[row]]} {scores[row]:.2f}"
+            title = f"{class_names[int(labels[row])]} {scores[row]:.2f}"
         axes.set_title(f"slice {index}: {title}", fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")

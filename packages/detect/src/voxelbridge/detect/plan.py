@@ -31,6 +31,7 @@ class CaseFingerprint(Config):
     case_id: str
     shape: tuple[int, int, int]  # voxels z, y, x after the crop
     spacing_mm: tuple[float, float, float]
+    boxes: tuple[tuple[float, float, float, float, float, float], ...]  # of the original file
     object_sizes_mm: tuple[tuple[float, float, float], ...]
     labels: tuple[int, ...]
     # Per channel, a sample of the intensities inside objects (all of the image without objects).

@@ -17,7 +17,7 @@ WEIGHT_DEVIATION = 0.01
 
 
 class RetinaHead(nn.Module):
-    """Class logits and box deltas for every anchor: list of (B, C, D, H, W) -> (B, N, K), (B, N, 6).
+    """Class logits and deltas of every anchor: list of (B, C, D, H, W) -> (B, N, K), (B, N, 6).
 
     Anchors are ordered level by level as given, then cell by cell in C order, then by anchor of
     the cell: the order of `anchors.anchor_boxes`.

@@ -7,24 +7,16 @@ Shapes: B batch, C channels, D H W voxels, N anchors of all levels, K classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
 
+from voxelbridge.core.arch.encoder import Encoder
+from voxelbridge.core.arch.ufpn import UFPN
 from voxelbridge.detect.anchor_planning import AnchorSizes
 from voxelbridge.detect.anchors import AnchorGrid, anchor_grid
 from voxelbridge.detect.retina_head import RetinaHead
 
 Triple = tuple[int, int, int]
-
-
-class Encoder(Protocol):
-    """What the detector needs of an encoder: maps finest first and voxels per cell of each."""
-
-    @property
-    def strides(self) -> tuple[Triple, ...]: ...
-
-    def __call__(self, image: Tensor, /) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -45,8 +37,8 @@ class RetinaUNet(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        neck: nn.Module,
+        encoder: Encoder,
+        neck: UFPN,
         head: RetinaHead,
         *,
         segmenter: nn.Module,
@@ -68,12 +60,24 @@ class RetinaUNet(nn.Module):
     @property
     def anchor_strides(self) -> tuple[Triple, ...]:
         """Voxels per cell of each head level, finest first."""
-        strides: tuple[Triple, ...] = self.encoder.strides  # pyright: ignore[reportAssignmentType] nn.Module hides it
-        return tuple(strides[level] for level in self.head_levels)
+        return tuple(self.encoder.strides[level] for level in self.head_levels)
+
+    def idle_parameters(self, *, segment: bool) -> list[nn.Parameter]:
+        """Parameters that no output of `forward` depends on: they belong to unused levels.
+
+        The paper's count includes them; ranks that average gradients must be told of them.
+        """
+        used = set(self._levels(segment))
+        idle: list[nn.Module] = [
+            module for level, module in enumerate(self.neck.out) if level not in used
+        ]
+        idle += list(self.neck.lateral)[: min(used)] + list(self.neck.upsample)[: min(used)]
+        if not segment:
+            idle.append(self.segmenter)
+        return [parameter for module in idle for parameter in module.parameters()]
 
     def forward(self, image: Tensor, *, segment: bool) -> RetinaOutput:
-        # Maps finer than the heads serve the segmentation only; without it they are not computed.
-        levels = sorted({0, *self.head_levels}) if segment else list(self.head_levels)
+        levels = self._levels(segment)
         maps = dict(zip(levels, self.neck(self.encoder(image), levels=levels), strict=True))
         head_maps = [maps[level] for level in self.head_levels]
         logits, deltas = self.head(head_maps)
@@ -88,3 +92,7 @@ class RetinaUNet(nn.Module):
             ),
             segmentation=self.segmenter(maps[0]) if segment else None,
         )
+
+    def _levels(self, segment: bool) -> list[int]:
+        # Maps finer than the heads serve the segmentation only; without it they are not computed.
+        return sorted({0, *self.head_levels}) if segment else list(self.head_levels)

@@ -39,24 +39,6 @@ def make_splits(case_ids: Sequence[str], groups: Mapping[str, str]) -> list[Spli
     return splits
 
 
-def check_splits(splits: object, case_ids: Sequence[str], *, where: Path) -> list[Split]:
-    """The user's own splits as they are; unknown cases and overlaps are a DataError."""
-    known = set(case_ids)
-    if not isinstance(splits, list) or not splits:
-        raise DataError(f'{where}: expected a list of {{"train": [...], "val": [...]}}')
-    for number, split in enumerate(splits):
-        if not isinstance(split, dict) or not {"train", "val"} <= split.keys():
-            raise DataError(f'{where}: fold {number} needs the lists "train" and "val"')
-        named = [*split["train"], *split["val"]]
-        unknown = sorted(set(named) - known)
-        if unknown:
-            raise DataError(f"{where}: fold {number} names {unknown[0]}, which is no training case")
-        both = sorted(set(split["train"]) & set(split["val"]))
-        if both:
-            raise DataError(f"{where}: fold {number} has {both[0]} on both sides")
-    return [{"train": list(split["train"]), "val": list(split["val"])} for split in splits]
-
-
 def write_splits(store: Path, splits: Sequence[Split]) -> None:
     """Writes the folds into the store."""
     write_json(store / FILE_NAME, list(splits))

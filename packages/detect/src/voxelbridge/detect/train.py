@@ -89,7 +89,7 @@ def train(
         optimizer = build_optimizer(config.optim, objective)
         sampler = _sampler(cases, split["train"], config, ranks=world.size)
         data = {
-            "store": sha256_of(store / "index.jsonl"),
+            "store": cases.digest,
             "fold": fold,
             "train": split["train"],
             "val": split["val"],

@@ -1,0 +1,171 @@
+"""vb-detect: prepare, train, predict, evaluate, look. Heavy imports wait until a command runs."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from voxelbridge.core.command_line import make_app, run_app
+
+app = make_app("Find lesions in 3D medical images: prepare, train, predict, evaluate, report.")
+
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU if there is one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the preset; repeatable."),
+]
+Store = Annotated[Path, typer.Option(help="Case store written by `prepare`.")]
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[Path, typer.Argument(help="Raw data set (nnU-Net or nnDetection folder).")],
+    store: Annotated[Path, typer.Argument(help="Folder to write; what is done is skipped.")],
+    plan: Annotated[
+        Literal["default", "fixed"],
+        typer.Option(help="Target spacing: default = median of the data, fixed = 1 mm."),
+    ] = "default",
+    spacing: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(help="Target spacing in mm (z y x) instead of the plan's."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Cases preprocessed at once.")] = 2,
+) -> None:
+    """Measure a raw data set, plan for it and preprocess its cases into a store."""
+    from voxelbridge.detect.prepare import prepare as run_prepare
+
+    run_prepare(dataset, store, rule=plan, workers=workers, spacing_mm=spacing)
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a TOML file.")],
+    store: Store,
+    run: Annotated[Path, typer.Option(help="Run directory; an existing one is continued.")],
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint (.safetensors) whose encoder is taken over.")
+    ] = None,
+    stem: Annotated[
+        str,
+        typer.Option(
+            help="First layer: checkpoint (equal channels), random, replicate, or a stem's name."
+        ),
+    ] = "checkpoint",
+    fold: Annotated[int, typer.Option(min=0, help="Fold that is held out.")] = 0,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load patches.")] = 2,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard scalars too.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, train one step, write nothing.")
+    ] = False,
+) -> None:
+    """Fine-tune a detector, from scratch or from a pre-trained encoder."""
+    from voxelbridge.detect.train import train as run_train
+
+    run_train(
+        preset, store=store, run=run, overrides=overrides or [], init=init, stem=stem, fold=fold,
+        device=device, workers=workers, dry_run=dry_run, tensorboard=tensorboard,
+    )  # fmt: skip
+
+
+@app.command()
+def predict(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are an ensemble.")],
+    images: Annotated[list[Path], typer.Option(help="Folder or file with images; repeatable.")],
+    out: Annotated[Path, typer.Option(help="Folder to write tables, JSON and pictures to.")],
+    tta: Annotated[
+        int, typer.Option(min=0, max=8, help="Mirrored copies: 0 none, 4 in-plane, 8 all axes.")
+    ] = 0,
+    min_score: Annotated[float, typer.Option(min=0, max=1, help="Drop boxes below.")] = 0.0,
+    max_boxes: Annotated[int, typer.Option(min=1, help="Boxes in the 3D Slicer file.")] = 50,
+    device: Device = "auto",
+) -> None:
+    """Predict boxes for images: CSV for the set; JSON, 3D Slicer markups and a picture per case."""
+    from voxelbridge.detect.predict_cases import predict_cases
+
+    predict_cases(
+        runs, images, out, device=device, num_mirrorings=tta, min_score=min_score,
+        max_markups=max_boxes,
+    )  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    ground_truth: Annotated[Path, typer.Option(help="CSV: case_id,label,z0,y0,x0,z1,y1,x1.")],
+    predictions: Annotated[Path, typer.Option(help="CSV: the same with a score after label.")],
+    cases: Annotated[Path, typer.Option(help="CSV: case_id of every evaluated case, in order.")],
+    output: Annotated[Path, typer.Option(help="metrics.json to write.")],
+    convention: Annotated[
+        Literal["clean", "nndetection"],
+        typer.Option(help="nndetection reproduces that program's absent classes and NaN."),
+    ] = "clean",
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Number of classes; default: as the tables show.")
+    ] = None,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Resamplings of the images for 95 % intervals.")
+    ] = 0,
+) -> None:
+    """Mean average precision and FROC of a table of predictions."""
+    from voxelbridge.detect.evaluate.metrics import evaluate_files
+
+    metrics = evaluate_files(
+        ground_truth, predictions, cases=cases, output=output, convention=convention,
+        num_classes=num_classes, bootstrap=bootstrap,
+    )  # fmt: skip
+    print(
+        f"{metrics['num_cases']} cases, {metrics['num_objects']} objects: "
+        f"mAP@0.10 {_figure(metrics['ap']['0.10']['map'])}, "
+        f"FROC@0.10 {_figure(metrics['froc']['0.10']['pooled']['mean'])}; written to {output}"
+    )
+
+
+@app.command()
+def info(
+    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a TOML file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    channels: Annotated[int, typer.Option(min=1, help="Input channels.")] = 1,
+    classes: Annotated[int, typer.Option(min=1, help="Foreground classes.")] = 1,
+) -> None:
+    """What a preset costs: parameters, operations, anchors, memory."""
+    from voxelbridge.detect.info import describe_preset
+
+    facts = describe_preset(preset, in_channels=channels, num_classes=classes)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print(f"{preset}: patch {facts['patch_size']}, batch {facts['batch_size']}")
+    for name, count in facts["parameters"].items():
+        print(f"  {name:<12} {count:>12,} parameters")
+    print(f"  {facts['gflop']:,} GFLOP for one patch forward, {facts['anchors']:,} anchors")
+    print(f"  about {facts['memory_gib']} GiB for a training step of the batch")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Run directory, or folder of predictions.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write.")],
+    ground_truth: Annotated[
+        Path | None, typer.Option(help="ground_truth.csv, if it is not in the folder.")
+    ] = None,
+) -> None:
+    """One HTML page to look through: curves, tables, and slices through every box."""
+    from voxelbridge.detect.report_inputs import report_folder
+
+    report_folder(folder, output, ground_truth=ground_truth)
+    print(f"written to {output}")
+
+
+def main() -> None:
+    """Entry point of the `vb-detect` command."""
+    run_app(app)
+
+
+def _figure(value: float | None) -> str:
+    return "none (no objects)" if value is None else f"{value:.4f}"
