@@ -24,11 +24,14 @@ from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import ConfigError, DataError, VoxelbridgeError
 from voxelbridge.core.files import write_json
 from voxelbridge.core.train.distributed import DeviceChoice, choose_device
+from voxelbridge.core.train.steps import place
+from voxelbridge.detect.config import DetectConfig
 from voxelbridge.detect.detections import Detections
 from voxelbridge.detect.evaluate.tables import BoxTable, write_cases, write_predictions
 from voxelbridge.detect.outputs import write_case_json, write_overlay, write_slicer_markups
 from voxelbridge.detect.plan import Plan
 from voxelbridge.detect.predict import predict_volume
+from voxelbridge.detect.retina_unet import RetinaUNet
 from voxelbridge.detect.train import load_run
 
 MANIFEST_FILE = "manifest.json"
@@ -73,7 +76,8 @@ def predict_cases(
     detectors, plan = _load_ensemble(runs)
     cases = find_images(images, num_channels=len(plan.channel_names))
     target = choose_device(device)
-    networks = [(detector.to(target), config) for detector, config in detectors]
+    for detector, config in detectors:
+        place(detector, target, config.precision)
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, CaseBoxes] = {}
     failed: list[str] = []
@@ -87,7 +91,7 @@ def predict_cases(
                     raise error
                 case Done(item=case, value=(picture, prepared)):
                     result = predict_volume(
-                        networks, prepared.image, device=target, num_mirrorings=num_mirrorings
+                        detectors, prepared.image, device=target, num_mirrorings=num_mirrorings
                     )
                     boxes = _to_original(result, prepared, min_score=min_score)
                     _write_case(
@@ -167,7 +171,7 @@ def _image_files(images: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _load_ensemble(runs: Sequence[Path]) -> tuple[list[Any], Plan]:  # Any: (network, config)
+def _load_ensemble(runs: Sequence[Path]) -> tuple[list[tuple[RetinaUNet, DetectConfig]], Plan]:
     loaded = [load_run(run) for run in runs]
     plan = loaded[0][2]
     for run, (_, _, other) in zip(runs[1:], loaded[1:], strict=True):

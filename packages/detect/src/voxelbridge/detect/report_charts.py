@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-WIDTH, HEIGHT = 470, 300
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 52, 128, 14, 44
+WIDTH, HEIGHT = 450, 290
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 50, 138, 12, 44
 LABEL_STEP = 15  # pixels between two labels at the right edge
-LABEL_LENGTH = 20  # characters
+LABEL_LENGTH = 17  # characters of name and value together
 MAX_POINTS = 400  # per line: more than the pixels of the chart show nothing new
 
 FloatArray = NDArray[np.float64]
@@ -43,12 +43,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `style` picks colour and dashes (the same number looks the same in all charts).
+    """One curve, labelled `name value`; `style` picks colour and dashes, alike in all charts.
 
     `faint` is drawn thinly behind it (the same quantity before smoothing); `dots` mark points.
     """
 
     name: str
+    value: str
     x: FloatArray
     y: FloatArray
     style: int = 0
@@ -65,9 +66,9 @@ def linear_axis(label: str, values: Sequence[FloatArray], *, zero: bool = False)
         spread = max(abs(high) * 0.1, 1e-6)
         low, high = low - spread, high + spread
     step = _round_step((high - low) / 5)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first, last = math.floor(low / step), math.ceil(high / step)
     ticks = [(k * step, _tick_text(k * step, step)) for k in range(first, last + 1)]
-    return Axis(label, first * step, last * step, ticks)
+    return Axis(label, min(low, first * step), max(high, last * step), ticks)
 
 
 def line_chart(title: str, lines: Sequence[Line], *, x: Axis, y: Axis, marker: str = "") -> str:
@@ -84,8 +85,10 @@ def line_chart(title: str, lines: Sequence[Line], *, x: Axis, y: Axis, marker: s
         )
     parts += [_line(line, x, y) for line in lines]
     parts.append(_end_labels(lines, x, y))
-    summary = ", ".join(line.name for line in lines) or "no data"
-    attributes = f' data-marker="{escape(marker)}" data-x="{x.low},{x.high}"' if marker else ""
+    summary = ", ".join(f"{line.name} {line.value}" for line in lines) or "no data"
+    plot = f"{MARGIN_LEFT},{MARGIN_TOP},{_plot_width()},{_plot_height()}"
+    place = f' data-marker="{escape(marker)}" data-x="{x.low},{x.high}" data-plot="{plot}"'
+    attributes = place if marker else ""
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(f"{title}: {summary}")}"{attributes}>{"".join(parts)}</svg>'
@@ -175,11 +178,14 @@ def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> str:
     tops = _spread([end[1] for end, _ in ends])
     edge, parts = WIDTH - MARGIN_RIGHT, []
     for ((left, top), line), label_top in zip(ends, tops, strict=True):
-        name = line.name if len(line.name) <= LABEL_LENGTH else line.name[: LABEL_LENGTH - 1] + "…"
+        room = LABEL_LENGTH - len(line.value) - 1
+        name = line.name if len(line.name) <= room else f"{line.name[: room - 1]}…"
         parts.append(
             f'<g class="line style{line.style % 4}">'
-            f'<path class="leader" d="M{left:.1f} {top:.1f}H{edge + 2}L{edge + 9} {label_top:.1f}"/>'
-            f'<text x="{edge + 12}" y="{label_top + 4:.1f}">{escape(name)}</text></g>'
+            f'<path class="leader" d="M{left:.1f} {top:.1f}H{edge + 2}'
+            f'L{edge + 9} {label_top:.1f}"/>'
+            f'<text x="{edge + 12}" y="{label_top + 4:.1f}">'
+            f"{escape(name)} {escape(line.value)}</text></g>"
         )
     return "".join(parts)
 

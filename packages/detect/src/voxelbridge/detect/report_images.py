@@ -49,18 +49,22 @@ class CasePictures:
     left_out: int
 
 
-def case_pictures(image: CaseImage, planes: Planes, *, budget: int) -> CasePictures:
+def case_pictures(
+    image: CaseImage, planes: Planes, *, extra: Planes = (), budget: int
+) -> CasePictures:
     """Pictures of `image` in at most `budget` characters: the whole volume, or the first planes.
 
-    `planes` come in order of importance. Channel 0 is shown, windowed to its 0.5 and 99.5
-    percentiles.
+    `planes` come in order of importance; `extra` ones fill what room is left. Channel 0 is shown,
+    windowed to its 0.5 and 99.5 percentiles.
     """
     array, spacing = image.load()
     volume = _channel_zero(np.asarray(array), image.case_id)
     grey, limits = _to_grey(volume)
     stacks, left_out = _whole_volume(grey, budget), 0
     if stacks is None:
-        stacks, left_out = _chosen_planes(grey, planes, budget)
+        stacks = _chosen_planes(grey, [*planes, *extra], budget)
+        shown = {(stack["axis"], stack["indices"][0]) for stack in stacks}
+        left_out = len(_inside(planes, grey.shape) - shown)
     content = {
         "shape": list(volume.shape),
         "spacing": [float(step) for step in spacing],
@@ -130,20 +134,23 @@ def _whole_volume(grey: NDArray[np.uint8], budget: int) -> list[dict[str, Any]] 
     return None
 
 
-def _chosen_planes(
-    grey: NDArray[np.uint8], planes: Planes, budget: int
-) -> tuple[list[dict[str, Any]], int]:
+def _chosen_planes(grey: NDArray[np.uint8], planes: Planes, budget: int) -> list[dict[str, Any]]:
     stacks: list[dict[str, Any]] = []
-    spent = left_out = 0
-    wanted = dict.fromkeys((axis, index) for axis, index in planes if 0 <= index < grey.shape[axis])
-    for axis, index in wanted:
-        stack = _stack(axis, [index], [_reduced(grey.take(index, axis))], lossless=False)
-        if spent + len(stack["image"]) > budget:
-            left_out += 1
+    spent, inside = 0, _inside(planes, grey.shape)
+    for axis, index in dict.fromkeys(planes):
+        if (axis, index) not in inside:
             continue
+        tile = _reduced(np.moveaxis(grey, axis, 0)[index])
+        stack = _stack(axis, [index], [tile], lossless=False)
+        if spent + len(stack["image"]) > budget:
+            break
         spent += len(stack["image"])
         stacks.append(stack)
-    return stacks, left_out
+    return stacks
+
+
+def _inside(planes: Planes, shape: Sequence[int]) -> set[tuple[int, int]]:
+    return {(axis, index) for axis, index in planes if 0 <= index < shape[axis]}
 
 
 def _reduced(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ from voxelbridge.core.train.optim import build_optimizer
 from voxelbridge.core.train.resume import stop_on_signals
 from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
-from voxelbridge.core.train.steps import autocast, move
+from voxelbridge.core.train.steps import autocast, move, place
 from voxelbridge.core.transfer import transfer_encoder
 from voxelbridge.detect.anchor_planning import AnchorSizes, plan_anchor_sizes
 from voxelbridge.detect.batches import PatchSampler, case_objects
@@ -85,7 +85,7 @@ def train(
         )
         report = _transfer(detector, init, stem=stem)
         objective = RetinaObjective(detector, build_criterion(config), config.detector)
-        objective.to(world.device)
+        place(objective, world.device, config.precision)
         optimizer = build_optimizer(config.optim, objective)
         sampler = _sampler(cases, split["train"], config, ranks=world.size)
         data = {

@@ -17,7 +17,7 @@ from voxelbridge.core.train.optim import build_optimizer
 from voxelbridge.core.train.resume import stop_on_signals
 from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
-from voxelbridge.core.train.steps import autocast, move
+from voxelbridge.core.train.steps import autocast, move, place
 from voxelbridge.pretrain_ssl.batches import (
     MIN_CASES_TO_SPLIT,
     PatchSampler,
@@ -51,7 +51,8 @@ def train(
     training_cases, validation_cases = split_cases(list_ids(cases), seed=config.seed)
     facts = data_facts(cases, store, channels, validation_cases)
     with join_world(device) as world, stop_on_signals() as stop:
-        objective = build_objective(config, channels).to(world.device)
+        objective = build_objective(config, channels)
+        place(objective, world.device, config.precision)
         optimizer = build_optimizer(config.optim, objective)
         per_pass = patches_per_pass(config, ranks=world.size)
         sampler = PatchSampler(cases, training_cases, config.patch_size, per_pass, config.method)

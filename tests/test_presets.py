@@ -1,0 +1,155 @@
+"""Every shipped preset loads, and those of the paper hold its numbers (arXiv 2509.15947)."""
+
+from importlib import resources
+
+import pytest
+import torch
+from torch import nn
+
+from voxelbridge.core.arch.encoder import build_encoder
+from voxelbridge.core.arch.presets import ENCODER_PRESETS
+from voxelbridge.core.config import load_config, preset_path
+from voxelbridge.core.train.optim import SGD, AdamW
+from voxelbridge.core.train.schedule import learning_rate_at
+from voxelbridge.detect.build import build_detector, load_detect_config
+from voxelbridge.detect.config import DetectConfig
+from voxelbridge.pretrain_ssl.config import PretrainConfig
+
+SSL = "voxelbridge.pretrain_ssl"
+DETECT_PRESETS = ("resenc_retunet", "resenc_retunet_small", "retunet", "retunet_small")
+SSL_PRESETS = ("mae", "mae_small")
+PAPER_DETECTORS = {"retunet": 18_967_075, "resenc_retunet": 95_240_771}
+
+
+def shipped(package: str) -> list[str]:
+    folder = resources.files(package) / "presets"
+    return sorted(item.name.removesuffix(".toml") for item in folder.iterdir())
+
+
+def pretrain_config(name: str) -> PretrainConfig:
+    return load_config(PretrainConfig, preset_path(SSL, name)).config
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_shipped_presets_are_the_documented_ones() -> None:
+    assert shipped("voxelbridge.detect") == list(DETECT_PRESETS)
+    assert shipped(SSL) == list(SSL_PRESETS)
+
+
+@pytest.mark.parametrize("name", DETECT_PRESETS)
+def test_detect_preset_loads_and_builds(name: str) -> None:
+    config = load_detect_config(name)
+    with torch.device("meta"):
+        detector = build_detector(config, in_channels=2, num_classes=3)
+    assert detector.encoder.in_channels == 2
+    assert detector.head.num_classes == 3
+    assert len(detector.anchor_sizes) == len(config.detector.head_levels)
+    divisor = detector.encoder.strides[-1]
+    assert all(edge % stride == 0 for edge, stride in zip(config.patch_size, divisor, strict=True))
+
+
+@pytest.mark.parametrize("name", SSL_PRESETS)
+def test_pretraining_preset_loads_and_builds(name: str) -> None:
+    config = pretrain_config(name)
+    with torch.device("meta"):
+        encoder = build_encoder(ENCODER_PRESETS[config.encoder], in_channels=1)
+        objective = config.method.build(encoder)
+    assert config.method.name == "mae"
+    assert count(objective) > count(encoder)
+
+
+@pytest.mark.parametrize(("name", "expected"), PAPER_DETECTORS.items())
+def test_paper_detectors_have_the_exact_number_of_parameters(name: str, expected: int) -> None:
+    with torch.device("meta"):
+        assert count(build_detector(name, in_channels=1, num_classes=1)) == expected
+
+
+@pytest.mark.parametrize("name", PAPER_DETECTORS)
+def test_paper_detectors_register_each_parameter_once(name: str) -> None:
+    with torch.device("meta"):
+        detector = build_detector(name, in_channels=1, num_classes=1)
+    names = [key for key, _ in detector.named_parameters(remove_duplicate=False)]
+    assert len(names) == len(list(detector.parameters()))
+
+
+@pytest.mark.parametrize("name", PAPER_DETECTORS)
+def test_paper_detectors_train_as_in_appendix_c(name: str) -> None:
+    config = load_detect_config(name)
+    schedule, optim = config.schedule, config.optim
+    assert (config.patch_size, config.batch_size) == ((128, 128, 128), 4)
+    assert schedule.frozen is not None
+    assert schedule.frozen.steps == 3 * 2500
+    assert schedule.frozen.parts == ("detector.encoder",)
+    assert (schedule.steps, schedule.warmup_steps) == ((3 + 50) * 2500, 4000)
+    assert schedule.power == 0.9
+    assert isinstance(optim, SGD)
+    assert (optim.lr, optim.momentum, optim.nesterov) == (1e-2, 0.9, True)
+    assert (optim.weight_decay, optim.decay_norm_layers) == (3e-5, False)
+    assert learning_rate_at(schedule, 0, peak=optim.lr) == 1e-6
+    assert learning_rate_at(schedule, 7500, peak=optim.lr) == 1e-6
+    assert learning_rate_at(schedule, 11_500, peak=optim.lr) == 1e-2
+
+
+@pytest.mark.parametrize("name", PAPER_DETECTORS)
+def test_paper_detectors_have_the_retina_settings(name: str) -> None:
+    config = load_detect_config(name)
+    detector = config.detector
+    assert detector.head_levels == (2, 3, 4, 5)
+    assert (detector.channels, detector.sizes_per_axis) == (128, 3)
+    assert detector.atss_candidates == 4
+    assert (detector.focal_gamma, detector.focal_alpha) == (1.0, 0.75)
+    assert (detector.class_weight, detector.box_weight) == (0.3, 1.0)
+    assert detector.segmentation_weight == 1.0
+    assert detector.normalizer_decay == 0.7
+    assert config.encoder == ("plain" if name == "retunet" else "resenc_l")
+
+
+@pytest.mark.parametrize("name", ["retunet", "resenc_retunet"])
+def test_small_detectors_differ_in_size_not_in_method(name: str) -> None:
+    paper = load_detect_config(name)
+    small = load_detect_config(f"{name}_small")
+    assert small.encoder == {"plain": "plain_small", "resenc_l": "resenc_small"}[paper.encoder]
+    size_only = {"head_levels", "channels"}
+    assert small.detector.model_dump(exclude=size_only) == paper.detector.model_dump(
+        exclude=size_only
+    )
+    assert small.post_processing == paper.post_processing
+
+
+def test_mae_trains_as_in_section_2_2() -> None:
+    config = pretrain_config("mae")
+    optim = config.optim
+    assert (config.patch_size, config.batch_size) == ((192, 192, 192), 12)
+    assert (config.method.mask_ratio, config.method.block_size) == (0.75, 16)
+    assert config.schedule.steps == 4000 * 250
+    assert (config.schedule.warmup_steps, config.schedule.power) == (0, 0.9)
+    assert config.schedule.frozen is None
+    assert isinstance(optim, SGD)
+    assert (optim.lr, optim.momentum, optim.nesterov) == (1e-2, 0.99, True)
+    assert optim.weight_decay == 3e-5
+    assert (config.encoder, config.clip_norm) == ("resenc_l", 12.0)
+
+
+def test_mae_network_has_the_exact_number_of_parameters() -> None:
+    config = pretrain_config("mae")
+    with torch.device("meta"):
+        encoder = build_encoder(ENCODER_PRESETS[config.encoder], in_channels=1)
+        objective = config.method.build(encoder)
+    assert (count(encoder), count(objective)) == (90_296_576, 102_348_193)
+
+
+def test_small_presets_share_the_encoder_so_that_weights_fit() -> None:
+    assert (
+        pretrain_config("mae_small").encoder == load_detect_config("resenc_retunet_small").encoder
+    )
+    assert pretrain_config("mae").encoder == load_detect_config("resenc_retunet").encoder
+    assert isinstance(load_detect_config("retunet_small").optim, AdamW)
+
+
+def test_what_costs_gpu_weeks_when_wrong_has_no_default() -> None:
+    for model in (DetectConfig, PretrainConfig):
+        required = {name for name, field in model.model_fields.items() if field.is_required()}
+        assert {"patch_size", "batch_size", "schedule", "encoder"} <= required
