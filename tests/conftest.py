@@ -1,7 +1,9 @@
-"""What all tests share: one torch thread, the reference folder, the skip of GPU tests."""
+"""What all tests share: reference folder, tiny raw data set, one torch thread, GPU skips."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -34,3 +36,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def raw_dataset(tmp_path: Path) -> Path:
+    """Six cases of about 20 x 24 x 28 voxels, two classes, one of the cases empty; two test cases.
+
+    Axes are stored flipped and permuted, so that forgetting the orientation shows.
+    """
+    root = tmp_path / "raw"
+    for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        (root / folder).mkdir(parents=True)
+    description = {"name": "tiny", "modalities": {"0": "CT"}, "labels": {"0": "hot", "1": "cold"}}
+    (root / "dataset.json").write_text(json.dumps(description))
+    rng = np.random.default_rng(5)
+    for number in range(8):
+        split = "Tr" if number < 6 else "Ts"
+        _write_tiny_case(root, split, f"case{number}", rng, empty=number == 2)
+    return root
+
+
+def _write_tiny_case(
+    root: Path, split: str, name: str, rng: np.random.Generator, *, empty: bool
+) -> None:
+    from voxelbridge.core.data.image_io import write_image
+    from voxelbridge.core.data.volume import Grid, Volume
+
+    shape = (20, 24, 28)
+    image = rng.normal(0.0, 20.0, size=shape).astype(np.float32) + 40.0
+    instances = np.zeros(shape, dtype=np.int16)
+    classes: dict[str, int] = {}
+    if not empty:
+        for instance, value in ((1, 300.0), (2, -200.0)):
+            z, y = (int(rng.integers(0, size - 6)) for size in shape[:2])
+            x = 2 if instance == 1 else 18
+            inside = (slice(z, z + 6), slice(y, y + 6), slice(x, x + 6))
+            image[inside] = value
+            instances[inside] = instance
+            classes[str(instance)] = instance - 1
+    directions = np.array([[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    grid = Grid.from_parts(shape, (2.0, 1.0, 1.0), directions=directions, origin_mm=(5, -7, 11))
+    write_image(root / f"images{split}" / f"{name}_0000.nii.gz", Volume(image[None], grid))
+    write_image(root / f"labels{split}" / f"{name}.nii.gz", Volume(instances[None], grid))
+    (root / f"labels{split}" / f"{name}.json").write_text(json.dumps({"instances": classes}))

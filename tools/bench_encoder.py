@@ -9,15 +9,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
 from torch import Tensor, nn
 
 from voxelbridge.core.arch.encoder import ResEncoder
 from voxelbridge.core.arch.presets import RESENC_L
+
+Row = dict[str, float | int | str | None]
 
 SMALLEST = 64  # voxels; the deepest map needs more than one cell
 
@@ -31,6 +32,7 @@ def bench(
     sizes: Annotated[str, typer.Option(help="Edges of the cubic patches, in voxels.")] = "64,96",
     repeats: Annotated[int, typer.Option(min=1, help="Steps measured per network.")] = 3,
     *,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0: its own choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -40,22 +42,17 @@ def bench(
         raise typer.BadParameter(f"patch edges must be multiples of 32 from {SMALLEST} on")
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours, peer = build_pair(device)
+    ours, peer = build_pair(torch.device(device))
     rows = []
     for edge in edges:
         for precision in ("fp32", "bf16"):
             row = measure_pair(ours, peer, edge=edge, precision=precision, repeats=repeats)
             rows.append(row)
             if not as_json:
-                print(
-                    f"{edge}^3 {precision}: ours {row['ours_s']:.3f} s, peer {row['peer_s']:.3f} s,"
-                    f" peer / ours = {row['ratio']:.3f}",
-                    flush=True,
-                )
+                print(describe(row), flush=True)
     if as_json:
         facts = {
-            "device": str(device),
+            "device": device,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "repeats": repeats,
@@ -64,9 +61,21 @@ def bench(
         print(json.dumps(facts, indent=2))
 
 
-def build_pair(device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Our ResEnc-L and the peer's, with the same weights."""
+def describe(row: Row) -> str:
+    """One line of the table."""
+    line = f"{row['edge']}^3 {row['precision']}: ours {row['ours_s']:.3f} s"
+    if row["peer_s"] is None:
+        return f"{line} (dynamic-network-architectures is not installed: no comparison)"
+    return f"{line}, peer {row['peer_s']:.3f} s, peer / ours = {row['ratio']:.3f}"
+
+
+def build_pair(device: torch.device) -> tuple[nn.Module, nn.Module | None]:
+    """Our ResEnc-L and the peer's, with the same weights; None where the peer is not installed."""
     ours = ResEncoder(RESENC_L)
+    try:
+        from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+    except ImportError:
+        return ours.to(device), None
     network: Any = ResidualEncoder  # its type hints exclude the nested lists it wants
     peer = network(
         1,
@@ -90,17 +99,16 @@ def build_pair(device: torch.device) -> tuple[nn.Module, nn.Module]:
 
 
 def measure_pair(
-    ours: nn.Module, peer: nn.Module, *, edge: int, precision: str, repeats: int
-) -> dict[str, float | int | str]:
+    ours: nn.Module, peer: nn.Module | None, *, edge: int, precision: str, repeats: int
+) -> Row:
     """Median step times after one unmeasured step each; who starts changes every turn."""
     device = next(ours.parameters()).device
     image = torch.randn(1, 1, edge, edge, edge, generator=torch.Generator().manual_seed(0))
     image = image.to(device)
-    steps: dict[str, Callable[[], None]] = {
-        "ours": lambda: training_step(ours, image, precision),
-        "peer": lambda: training_step(peer, image, precision),
-    }
-    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    steps: dict[str, Callable[[], None]] = {"ours": lambda: training_step(ours, image, precision)}
+    if peer is not None:
+        steps["peer"] = lambda: training_step(peer, image, precision)
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for turn in range(repeats):
@@ -113,8 +121,8 @@ def measure_pair(
         "edge": edge,
         "precision": precision,
         "ours_s": medians["ours"],
-        "peer_s": medians["peer"],
-        "ratio": medians["peer"] / medians["ours"],
+        "peer_s": medians.get("peer"),
+        "ratio": medians["peer"] / medians["ours"] if "peer" in medians else None,
     }
 
 

@@ -1,9 +1,9 @@
 """CT-like phantom volumes with lesions of two classes, as a raw data set in nnDetection layout.
 
-A case is a slice of a body: an ellipse of textured soft tissue with a fat rim in air, a vertebra,
-a lung, a liver and contrast-filled vessels. `hyperdense` lesions are as bright as vessels and
-marrow, `hypodense` lesions as dark as fat, so no global threshold finds either class, while a small
-network learns them on a CPU in about a minute.
+A case is a block of a body: textured soft tissue in fat, a vertebra, a liver, a fluid-filled
+stomach, bowel-like fat and contrast-filled vessels. `hyperdense` lesions (calcified) are brighter
+and `hypodense` lesions (with gas) darker than all organs, so that a small network learns them on a
+CPU in a minute: this shows that a pipeline works, not how good a method is.
 """
 
 import json
@@ -27,9 +27,9 @@ CLASS_NAMES = ("hyperdense", "hypodense")
 SPACING_MM = (1.5, 1.5, 1.5)
 DEFAULT_SIZE = (48, 48, 48)  # voxels, z y x
 EMPTY_EVERY = 8  # one case in eight has no lesion
-LESION_HU = ((250.0, 350.0), (-220.0, -160.0))  # per class; noise and texture come on top
-LESION_COUNTS = (2, 4)  # of a case that is not empty
-RADIUS_RANGE = (3.0, 7.0)  # voxels
+LESION_HU = ((400.0, 500.0), (-380.0, -300.0))  # per class; noise and texture come on top
+LESION_COUNTS = (3, 5)  # of a case that is not empty
+RADIUS_RANGE = (3.5, 7.0)  # voxels
 MIN_LESION_VOXELS = 30
 PLACEMENT_ATTEMPTS = 200
 
@@ -146,7 +146,7 @@ def _anatomy(noise: Noise) -> tuple[FloatArray, BoolArray, BoolArray]:
     """Noise-free HU volume, where lesions may grow and where their centres may lie, (D, H, W)."""
     rng, size = noise.rng, noise.size
     _, y, x = _unit_coordinates(size)
-    image = np.full(size, -1000.0, np.float32)
+    image = np.full(size, -110.0, np.float32)
     wobble = noise.smooth(6.0)
     half_y, half_x = rng.uniform(0.80, 0.92), rng.uniform(0.90, 0.99)
     skin = _distance([y / half_y, x / half_x], [half_y, half_x], size) + 0.8 * wobble
@@ -154,23 +154,23 @@ def _anatomy(noise: Noise) -> tuple[FloatArray, BoolArray, BoolArray]:
     muscle = skin + rng.uniform(2.0, 3.5) + 0.8 * noise.smooth(3.0)
     _paint(image, _coverage(muscle), 40.0 + noise.texture())
 
-    side = rng.choice([-1.0, 1.0])  # the liver's side; the lung lies on the other
+    side = rng.choice([-1.0, 1.0])  # the liver's side; the stomach lies on the other
     within = np.maximum(muscle + 1.0, 0.0) * 9.0  # keeps organs inside the muscle wall
     liver = _blob(noise, (rng.uniform(-0.4, 0.4), -0.15, side * 0.55), (0.9, 0.42, 0.36))
     _paint(image, _coverage(liver + within), 105.0 + 0.7 * noise.texture())
     for _ in range(2):
         fat = _blob(noise, rng.uniform(-0.55, 0.55, 3), rng.uniform(0.20, 0.32, 3))
         _paint(image, _coverage(np.abs(fat) - 1.0 + within), -95.0 + 0.5 * noise.texture())
-    lung = _blob(noise, (rng.choice([-0.9, 0.9]), -0.2, -side * 0.5), (0.75, 0.42, 0.34))
-    _paint(image, _coverage(lung + within), -760.0 + 1.5 * noise.texture())
+    stomach = _blob(noise, (rng.choice([-0.9, 0.9]), -0.2, -side * 0.5), (0.75, 0.42, 0.34))
+    _paint(image, _coverage(stomach + within), -20.0 + 0.7 * noise.texture())
     for _ in range(3):
         vessel = _tube(noise)
         _paint(image, _coverage(vessel + within), 160.0 + 0.4 * noise.texture())
     bone = _vertebra(noise)
-    _paint(image, _coverage(bone), 700.0 + 2.0 * noise.texture())
+    _paint(image, _coverage(bone), 230.0 + 2.0 * noise.texture())
     _paint(image, _coverage(bone + 2.2), 130.0 + 1.5 * noise.texture())
     allowed = (muscle < -1.0) & (bone > 0.5)
-    return image, allowed, allowed & (lung > 0)
+    return image, allowed, allowed & (stomach > 0)
 
 
 def _vertebra(noise: Noise) -> FloatArray:

@@ -119,37 +119,21 @@ def test_lesions_are_whole_apart_and_of_both_classes(phantom: ModuleType) -> Non
 
 
 @pytest.mark.slow
-def test_voxels_look_like_ct_and_no_threshold_finds_a_lesion(phantom: ModuleType) -> None:
+def test_voxels_look_like_ct_and_lesions_stand_out_of_all_organs(phantom: ModuleType) -> None:
     cases = [phantom.make_case("train", index, seed=0) for index in range(12)]
     values = np.concatenate([case.image.ravel() for case in cases]).astype(float)
     classes = np.concatenate([_class_map(case).ravel() for case in cases])
-    tissue = np.median(values[values > -200])
-    assert 20 < tissue < 80
-    assert -1024 <= values.min() < -1000
-    assert 600 < values.max() < 3071
-    assert np.median(values[classes == 0]) > tissue + 5 * 24  # five times the white noise
-    assert np.median(values[classes == 1]) < tissue - 5 * 24
-    for label in (0, 1):
-        assert _best_band_dice(values, classes == label) < 0.6
+    organs = values[classes < 0]
+    assert -200 < np.percentile(organs, 0.1) < np.percentile(organs, 99.9) < 400
+    assert -120 < np.median(organs) < 80  # fat and soft tissue
+    assert np.median(values[classes == 0]) > np.percentile(organs, 99)
+    assert np.median(values[classes == 1]) < np.percentile(organs, 1)
 
 
 def _class_map(case: object) -> NDArray[np.int64]:
     instances: NDArray[np.uint8] = case.instances  # pyright: ignore[reportAttributeAccessIssue]
     labels: tuple[int, ...] = case.labels  # pyright: ignore[reportAttributeAccessIssue]
     return np.array([-1, *labels], np.int64)[instances]
-
-
-def _best_band_dice(values: NDArray[np.float64], target: NDArray[np.bool_]) -> float:
-    """Best Dice of any intensity band, lower and upper limit searched in steps of 20 HU."""
-    levels = np.arange(-400, 801, 20)
-    bins = np.digitize(values, levels)
-    every = np.cumsum(np.bincount(bins, minlength=len(levels) + 1))
-    hits = np.cumsum(np.bincount(bins[target], minlength=len(levels) + 1))
-    return max(
-        2 * float(hits[high] - hits[low]) / float(target.sum() + every[high] - every[low])
-        for low in range(len(levels))
-        for high in range(low + 1, len(levels) + 1)
-    )
 
 
 def test_tiny_volumes_work(phantom: ModuleType) -> None:

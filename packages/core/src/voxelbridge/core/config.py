@@ -241,6 +241,8 @@ def _explain(model: type[Config], tree: Tree, problem: Any) -> str:  # Any: pyda
     key = ".".join(location) or "the whole file"
     message = problem["msg"].removeprefix("Value error, ")
     match problem["type"]:
+        case "value_error" if not location:  # a rule over several settings names them itself
+            return message
         case "extra_forbidden":
             known = list(parent_model.model_fields) if parent_model else []
             return f"{key}: no such setting{_suggestion(key, known, '.'.join(location[:-1]))}"

@@ -72,6 +72,7 @@ def _retina_unet(
         out_channels=config.channels,
         first_level=config.head_levels[0],
     )
+    initialize(neck, "kaiming", fan="fan_out")  # nnDetection v2
     head = RetinaHead(
         config.channels,
         config.sizes_per_axis**3,

@@ -169,3 +169,7 @@ def main() -> None:
 
 def _figure(value: float | None) -> str:
     return "none (no objects)" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from voxelbridge.core.arch.config import cumulative_strides
+from voxelbridge.core.arch.presets import ENCODER_PRESETS
 from voxelbridge.core.config import Config
 from voxelbridge.core.train.settings import TrainingSettings
 
@@ -53,8 +55,19 @@ class DetectConfig(TrainingSettings):
     post_processing: PostProcessing = PostProcessing()
 
     @model_validator(mode="after")
-    def _levels_are_neighbours(self) -> "DetectConfig":
+    def _fits_the_encoder(self) -> "DetectConfig":
+        strides = cumulative_strides(ENCODER_PRESETS[self.encoder].strides)
         levels = self.detector.head_levels
         if list(levels) != list(range(levels[0], levels[0] + len(levels))):
             raise ValueError("detector.head_levels must be neighbouring levels, finest first")
+        if not 0 <= levels[0] <= levels[-1] < len(strides):
+            raise ValueError(
+                f"detector.head_levels: {self.encoder} has levels 0..{len(strides) - 1}"
+            )
+        for edge, stride in zip(self.patch_size, strides[-1], strict=True):
+            if edge % stride or edge < 2 * stride:
+                raise ValueError(
+                    f"patch_size {list(self.patch_size)}: every edge must be a multiple of "
+                    f"{stride} and at least {2 * stride} for the encoder {self.encoder}"
+                )
         return self

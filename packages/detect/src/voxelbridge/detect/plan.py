@@ -92,7 +92,7 @@ def median_spacing(fingerprints: Sequence[CaseFingerprint]) -> tuple[float, floa
     """nnDetection's target spacing: the median per axis, a very coarse axis at its 10th percentile.
 
     An axis counts as much coarser when its spacing is above three times the others' and its size
-    is below a third of theirs; it never gets finer than the coarsest other axis.
+    is below a third of theirs; it never gets finer than the finest other axis.
     """
     spacings = np.array([case.spacing_mm for case in fingerprints])
     target = np.median(spacings, axis=0)

@@ -117,7 +117,7 @@ def _detect_in_windows(
     size = config.patch_size
     parts: list[Detections] = []
     trusts: list[Tensor] = []
-    starts = list(tiles(image.shape[1:], size))
+    starts = _starts(image.shape[1:], size)
     for first in range(0, len(starts), config.batch_size):
         group = starts[first : first + config.batch_size]
         stacked = np.stack([_window(image, start, size) for start in group])
@@ -145,8 +145,22 @@ def _detect_in_windows(
 
 
 def _window(image: NDArray[np.float32], start: Triple, size: Triple) -> NDArray[np.float32]:
-    """The window at `start`, padded with 0 (the mean after normalisation) behind short axes."""
-    inside = tuple(slice(begin, begin + edge) for begin, edge in zip(start, size, strict=True))
+    """The window at `start`, padded with 0 (the mean after normalisation) outside the volume."""
+    inside = tuple(
+        slice(max(begin, 0), begin + edge) for begin, edge in zip(start, size, strict=True)
+    )
     window = image[(slice(None), *inside)]
-    missing = [(0, 0), *((0, edge - n) for edge, n in zip(size, window.shape[1:], strict=True))]
-    return np.pad(window, missing) if any(after for _, after in missing) else window
+    pads = [(0, 0)]
+    for begin, edge, found in zip(start, size, window.shape[1:], strict=True):
+        before = max(-begin, 0)
+        pads.append((before, edge - before - found))
+    return np.pad(window, pads) if window.shape[1:] != size else window
+
+
+def _starts(shape: Sequence[int], size: Triple) -> list[Triple]:
+    """Windows over the volume; an axis shorter than the window is centred in it, as in training."""
+    z, y, x = (
+        -((edge - extent) // 2) if extent < edge else 0
+        for extent, edge in zip(shape, size, strict=True)
+    )
+    return [(a + z, b + y, c + x) for a, b, c in tiles(shape, size)]

@@ -127,7 +127,7 @@ def _lede(arms: Sequence[Arm]) -> str:
         f"<strong>{escape(arm.name)}</strong> mAP@0.1 {figure_text(_map_at_first(arm))}"
         for arm in arms
     )
-    return f"{_count(cases, 'unseen case')} with {_count(objects, 'object')}. {figures}."
+    return f"{_count(cases, 'test case')} with {_count(objects, 'object')}. {figures}."
 
 
 def _count(number: int, noun: str) -> str:

@@ -25,6 +25,7 @@ from voxelbridge.detect.report import Arm, CaseImage, write_report
 
 PREDICTIONS = "predictions.csv"
 GROUND_TRUTH = "ground_truth.csv"
+BASELINE = "scratch"
 
 
 def report_folder(
@@ -70,11 +71,15 @@ def report_folder(
 
 
 def find_arms(folder: Path) -> list[Path]:
-    """Folders with predictions: `folder`, its `predictions/`, or its sub-folders, sorted."""
+    """Folders with predictions: `folder`, its `predictions/`, or its sub-folders.
+
+    Sub-folders are sorted by name, `scratch` first: the baseline that the others are compared to.
+    """
     for candidate in (folder, folder / "predictions"):
         if (candidate / PREDICTIONS).is_file():
             return [candidate]
-        found = sorted(path.parent for path in candidate.glob(f"*/{PREDICTIONS}"))
+        found = [path.parent for path in candidate.glob(f"*/{PREDICTIONS}")]
+        found.sort(key=lambda path: (path.name != BASELINE, path.name))
         if found:
             return found
     raise DataError(

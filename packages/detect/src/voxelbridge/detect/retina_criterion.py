@@ -91,7 +91,9 @@ class RetinaCriterion(nn.Module):
         if output.segmentation is not None and foreground is not None:
             logits = output.segmentation.float()
             losses["segmentation_ce"] = F.cross_entropy(logits, foreground.long())
-            losses["segmentation_dice"] = soft_dice_loss(logits, foreground.long())
+            losses["segmentation_dice"] = soft_dice_loss(
+                logits, foreground.long(), smooth_numerator=0.0
+            )
         return losses
 
 

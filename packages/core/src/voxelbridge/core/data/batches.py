@@ -1,5 +1,6 @@
 """Training batches by step number: the same batches for any number of workers, from any step on."""
 
+import atexit
 import random
 import signal
 import traceback
@@ -65,11 +66,14 @@ def step_batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or the loader would draw from the caller's torch stream
     )
-    iterator = iter(loader)
+    # The workers ignore SIGTERM, with which multiprocessing would end them at exit: whatever ends
+    # this process, they are let go before that.
+    running = [iter(loader)]
+    atexit.register(running.clear)
     step = first_step
     try:
         for step in range(first_step, steps):  # noqa: B007 - the error names the step
-            yield _value(next(iterator))
+            yield _value(next(running[0]))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -78,7 +82,8 @@ def step_batches(
             "use fewer workers or a smaller patch_size"
         ) from error
     finally:
-        del iterator  # ends the workers now, not when the collector comes by
+        atexit.unregister(running.clear)
+        running.clear()  # ends the workers now, not when the collector comes by
 
 
 @dataclass(frozen=True)

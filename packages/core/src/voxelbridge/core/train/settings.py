@@ -20,7 +20,9 @@ class TrainingSettings(Config):
     schedule: PolySchedule
     optim: Optim
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay float32
-    clip_norm: Annotated[float, Field(gt=0)] | None = 12.0  # global gradient norm
+    clip_norm: Annotated[float, Field(gt=0)] | None = (
+        None  # global gradient norm; none: not clipped
+    )
     accumulation_steps: PositiveInt = 1  # parts that one step's patches are computed in
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every_steps: PositiveInt = 50
