@@ -6,6 +6,7 @@ whole data set, the rest anywhere; boxes cut by the patch keep their visible par
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -60,6 +61,15 @@ class PatchSampler:
     object_fraction: float
     mirror: bool
 
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self.cases)
+
+    @cached_property
+    def _objects_up_to(self) -> NDArray[np.int64]:
+        """Objects of the first case, of the first two, ...: once, not for every patch."""
+        return np.cumsum([len(case.boxes) for case in self.cases.values()])
+
     def __call__(self, step: int, rng: np.random.Generator) -> DetectionBatch:
         del step  # all randomness of a step is in its generator
         num_on_objects = round(self.batch_size * self.object_fraction)
@@ -70,21 +80,20 @@ class PatchSampler:
         return collate(samples)
 
     def _sample(self, rng: np.random.Generator, *, on_object: bool) -> "Sample":
-        names = list(self.cases)
-        counts = np.array([len(case.boxes) for case in self.cases.values()])
-        if on_object and counts.sum() > 0:
+        num_objects = int(self._objects_up_to[-1])
+        if on_object and num_objects > 0:
             # Every object of the data set is equally likely (nnDetection).
-            chosen = int(rng.integers(counts.sum()))
-            index = int(np.searchsorted(np.cumsum(counts), chosen, side="right"))
-            row = chosen - int(counts[:index].sum())
-            case = self.cases[names[index]]
+            chosen = int(rng.integers(num_objects))
+            index = int(np.searchsorted(self._objects_up_to, chosen, side="right"))
+            name = self._names[index]
+            case = self.cases[name]
+            row = chosen - int(self._objects_up_to[index]) + len(case.boxes)
             start = object_start(rng, case.shape, self.patch_size, case.boxes[row])
         else:
-            index = int(rng.integers(len(names)))
-            start = uniform_start(rng, self.cases[names[index]].shape, self.patch_size)
-        sample = read_sample(
-            self.store, names[index], self.cases[names[index]], start, self.patch_size
-        )
+            name = self._names[int(rng.integers(len(self._names)))]
+            case = self.cases[name]
+            start = uniform_start(rng, case.shape, self.patch_size)
+        sample = read_sample(self.store, name, case, start, self.patch_size)
         if not self.mirror:
             return sample
         return flip_sample(sample, axes=[axis for axis in range(3) if rng.random() < 0.5])
