@@ -24,6 +24,18 @@ def box_sizes(boxes: Tensor) -> Tensor:
     return boxes[..., 3:] - boxes[..., :3]
 
 
+def centre_size_to_edges(boxes: Tensor) -> Tensor:
+    """(..., 6) as centre and size, z y x each -> edges."""
+    centre, half = boxes[..., :3], boxes[..., 3:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def edges_to_centre_size(boxes: Tensor) -> Tensor:
+    """(..., 6) as edges -> centre and size, z y x each."""
+    low, high = boxes[..., :3], boxes[..., 3:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
 def box_volume(boxes: Tensor) -> Tensor:
     """Volumes of boxes; (N, 6) -> (N,)."""
     return _product(box_sizes(boxes))

@@ -1,0 +1,1 @@
+"""The ways deformable attention is computed: slow truth, torch, Triton."""
