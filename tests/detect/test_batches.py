@@ -1,23 +1,34 @@
-"""Detection patches: boxes follow the voxels through cropping and mirroring."""
+"""Detection patches: boxes follow the voxels through cropping, mirroring, turning and scaling."""
 
+import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 
-from voxelbridge.core.data.case_store import CaseStore
+from voxelbridge.core.data.augment import SpatialAugmentation, SpatialParams
+from voxelbridge.core.data.batches import step_batches
+from voxelbridge.core.data.case_index import CaseRecord
+from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
 from voxelbridge.core.data.foreground import boxes_from_instances
+from voxelbridge.core.data.image_io import read_image, write_image
+from voxelbridge.core.data.volume import Grid, Volume
 from voxelbridge.detect.batches import (
+    BoxMasks,
     PatchSampler,
-    Sample,
     case_objects,
     crop_boxes,
-    flip_sample,
     read_sample,
 )
 from voxelbridge.detect.prepare import prepare
+
+NONE = SpatialAugmentation.none()
+MIRROR = SpatialAugmentation.mirroring()
+ALWAYS = SpatialAugmentation(rotation_probability=1.0, scale_probability=1.0)
+SCALE = SpatialAugmentation(rotation_probability=0.0, scale_probability=1.0)
+PATCH = (16, 16, 16)
 
 
 @pytest.fixture
@@ -26,34 +37,43 @@ def store(raw_dataset: Path, tmp_path: Path) -> CaseStore:
     return CaseStore.open(tmp_path / "store")
 
 
-def _sampler(store: CaseStore, *, mirror: bool, fraction: float) -> PatchSampler:
+def _sampler(
+    store: CaseStore,
+    augmentation: SpatialAugmentation,
+    *,
+    fraction: float = 1.0,
+    box_masks: BoxMasks = "none",
+) -> PatchSampler:
     cases = case_objects(store, [record.case_id for record in store.cases])
-    return PatchSampler(store, cases, (16, 16, 16), 4, fraction, mirror)
+    return PatchSampler(store, cases, PATCH, 4, fraction, augmentation, box_masks)
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_boxes_fit_the_voxels_of_their_patch(store: CaseStore, mirror: bool) -> None:
+@pytest.mark.parametrize("augmentation", [NONE, MIRROR, SCALE, ALWAYS])
+def test_boxes_fit_the_voxels_of_their_patch(
+    store: CaseStore, augmentation: SpatialAugmentation
+) -> None:
     """The bright object is 300 HU and the dark one -200 HU: boxes must lie on them."""
-    sampler = _sampler(store, mirror=mirror, fraction=1.0)
+    sampler = _sampler(store, augmentation)
     seen = 0
     for step in range(12):
         batch = sampler(step, np.random.default_rng(step))
-        assert batch.image.shape == (4, 1, 16, 16, 16)
+        assert batch.image.shape == (4, 1, *PATCH)
         assert batch.foreground is not None
         for image, target, mask in zip(batch.image, batch.targets, batch.foreground, strict=True):
             assert len(target) > 0  # every patch of this batch lies on an object
             for box, label in zip(target.boxes.tolist(), target.labels.tolist(), strict=True):
                 z0, y0, x0, z1, y1, x1 = (round(edge) for edge in box)
-                inside = image[0, z0:z1, y0:y1, x0:x1]
-                bright = inside.mean() > image[0].mean()
+                own = mask[z0:z1, y0:y1, x0:x1]
+                bright = image[0, z0:z1, y0:y1, x0:x1][own].mean() > image[0].mean()
                 assert bright == (label == 0)
-                assert mask[z0:z1, y0:y1, x0:x1].all()
+                if augmentation.rotation_probability == 0:
+                    assert own.float().mean() > (0.5 if augmentation is SCALE else 0.99)
                 seen += 1
     assert seen > 40
 
 
 def test_half_of_a_batch_lies_on_objects(store: CaseStore) -> None:
-    sampler = _sampler(store, mirror=False, fraction=0.5)
+    sampler = _sampler(store, NONE, fraction=0.5)
     for step in range(10):
         batch = sampler(step, np.random.default_rng(step))
         assert all(len(target) > 0 for target in batch.targets[2:])
@@ -61,50 +81,21 @@ def test_half_of_a_batch_lies_on_objects(store: CaseStore) -> None:
 
 def test_cases_without_objects_are_sampled(store: CaseStore) -> None:
     cases = case_objects(store, ["case2"])
-    sampler = PatchSampler(store, cases, (16, 16, 16), 2, 1.0, False)
+    sampler = PatchSampler(store, cases, PATCH, 2, 1.0, ALWAYS)
     batch = sampler(0, np.random.default_rng(0))
     assert [len(target) for target in batch.targets] == [0, 0]
 
 
 def test_a_patch_larger_than_the_volume_is_padded(store: CaseStore) -> None:
     cases = case_objects(store, ["case0"])
-    sample = read_sample(store, "case0", cases["case0"], (-2, -4, -6), (32, 32, 32))
+    params = SpatialParams.build((32, 32, 32))
+    sample = read_sample(store, "case0", cases["case0"], (-2, -4, -6), params)
     assert sample.image.shape == (1, 32, 32, 32)
     assert sample.foreground is not None
     assert len(sample.boxes) == 2
     _, boxes = boxes_from_instances(store.read_instances("case0"))
     np.testing.assert_allclose(sample.boxes, boxes + np.tile([2, 4, 6], 2))
     assert (sample.image[0, :2] == 0).all()
-
-
-boxes_strategy = st.lists(
-    st.tuples(*[st.integers(0, 12)] * 3, *[st.integers(1, 8)] * 3), min_size=0, max_size=5
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(boxes_strategy, st.sets(st.integers(0, 2)))
-def test_flipping_twice_is_the_identity_on_image_and_boxes(
-    parts: list[tuple[int, ...]], axes: set[int]
-) -> None:
-    starts = np.array([part[:3] for part in parts], dtype=np.float32).reshape(-1, 3)
-    sizes = np.array([part[3:] for part in parts], dtype=np.float32).reshape(-1, 3)
-    boxes = np.concatenate([starts, starts + sizes], axis=1)
-    rng = np.random.default_rng(1)
-    image = rng.normal(size=(1, 20, 21, 22)).astype(np.float32)
-    sample = Sample(image, boxes, np.zeros(len(boxes), np.int64), image[0] > 0)
-    once = flip_sample(sample, axes=sorted(axes))
-    for before, after in zip(sample.boxes, once.boxes, strict=True):
-        z0, y0, x0, z1, y1, x1 = (int(edge) for edge in before)
-        a0, b0, c0, a1, b1, c1 = (int(edge) for edge in after)
-        voxels = sample.image[0, z0:z1, y0:y1, x0:x1]
-        moved = once.image[0, a0:a1, b0:b1, c0:c1]
-        np.testing.assert_array_equal(np.flip(voxels, axis=tuple(axes)), moved)
-    twice = flip_sample(once, axes=sorted(axes))
-    np.testing.assert_array_equal(twice.image, sample.image)
-    np.testing.assert_array_equal(twice.boxes, sample.boxes)
-    assert twice.foreground is not None
-    np.testing.assert_array_equal(twice.foreground, image[0] > 0)
 
 
 def test_slivers_are_left_out_but_small_objects_stay() -> None:
@@ -118,3 +109,180 @@ def test_slivers_are_left_out_but_small_objects_stay() -> None:
     none, rows = crop_boxes(np.zeros((0, 6), np.float32), (0, 0, 0), (8, 8, 8))
     assert none.shape == (0, 6)
     assert rows.shape == (0,)
+
+
+def _store_of(
+    root: Path, instances: np.ndarray, boxes: np.ndarray, *, with_map: bool = True
+) -> CaseStore:
+    writer = CaseStoreWriter(root, patch_size=PATCH)
+    writer.write_case(
+        "a",
+        (instances > 0).astype(np.float32)[None],
+        grid=Grid.from_parts(instances.shape, (1.0, 1.0, 1.0)),
+        boxes=boxes,
+        labels=np.arange(len(boxes)),
+        instances=instances if with_map else None,
+    )
+    writer.finish()
+    return CaseStore.open(root)
+
+
+def _balls(*balls: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Instance map and boxes of balls (z, y, x, radius)."""
+    instances = np.zeros((40, 42, 44), dtype=np.int32)
+    axes = np.ogrid[:40, :42, :44]
+    for number, (*middle, radius) in enumerate(balls, start=1):
+        distance = sum((a + 0.5 - m) ** 2 for a, m in zip(axes, middle, strict=True))
+        instances[distance <= radius**2] = number
+    return instances, boxes_from_instances(instances)[1]
+
+
+def test_rotated_boxes_are_tight_around_the_voxels(tmp_path: Path) -> None:
+    store = _store_of(tmp_path, *_balls((18, 18, 18, 4), (24, 26, 22, 3)))
+    case = case_objects(store, ["a"])["a"]
+    for seed in range(20):
+        params = ALWAYS.sample(np.random.default_rng(seed), PATCH)
+        first, size = params.source_box((12, 13, 12))
+        instances = params.apply_labels(store.read_instances_patch("a", first, size))
+        ids, tight = boxes_from_instances(instances)
+        sample = read_sample(store, "a", case, (12, 13, 12), params)
+        np.testing.assert_array_equal(sample.labels, ids - 1)
+        np.testing.assert_array_equal(sample.boxes, tight)
+        assert sample.foreground is not None
+        np.testing.assert_array_equal(sample.foreground, instances > 0)
+
+
+def test_a_cut_object_is_boxed_by_what_is_left_of_it(tmp_path: Path) -> None:
+    store = _store_of(tmp_path, *_balls((10, 20, 20, 6), (30, 8, 8, 6)))
+    case = case_objects(store, ["a"])["a"]
+    sample = read_sample(store, "a", case, (14, 12, 12), SpatialParams.build(PATCH))
+    z0, y0, x0, z1, y1, x1 = sample.boxes[0].tolist()
+    assert (z0, z1) == (0, 2)
+    assert max(y1 - y0, x1 - x0) < 12  # the cap is narrower than the ball
+    # The corner of the second ball's box reaches into this patch, the ball does not.
+    corner = read_sample(store, "a", case, (34, 12, 12), SpatialParams.build(PATCH))
+    visible, _ = crop_boxes(case.boxes, (34, 12, 12), PATCH)
+    assert len(visible) == 1
+    assert len(corner.boxes) == 0
+    assert corner.foreground is not None
+    assert not corner.foreground.any()
+
+
+@pytest.mark.parametrize("augmentation", [MIRROR, SCALE, ALWAYS])
+def test_boxes_alone_follow_the_objects_within_a_voxel(
+    tmp_path: Path, augmentation: SpatialAugmentation
+) -> None:
+    """A ball is its own inscribed ellipsoid: with and without its map the boxes must agree."""
+    instances, boxes = _balls((20, 20, 20, 5))
+    mapped = _store_of(tmp_path / "map", instances, boxes)
+    bare = _store_of(tmp_path / "bare", instances, boxes, with_map=False)
+    for seed in range(12):
+        params = augmentation.sample(np.random.default_rng(seed), PATCH)
+        samples = [
+            read_sample(
+                store,
+                "a",
+                case_objects(store, ["a"])["a"],
+                (12, 12, 12),
+                params,
+                box_masks="ellipsoid",
+            )
+            for store in (mapped, bare)
+        ]
+        np.testing.assert_allclose(samples[0].boxes, samples[1].boxes, atol=1.01)
+        true, drawn = (sample.foreground for sample in samples)
+        assert true is not None
+        assert drawn is not None
+        assert 2 * (true & drawn).sum() / (true.sum() + drawn.sum()) > 0.8
+
+
+def test_box_masks_decide_the_foreground_of_cases_without_a_map(tmp_path: Path) -> None:
+    store = _store_of(tmp_path, *_balls((20, 20, 20, 5)), with_map=False)
+    without = _sampler(store, ALWAYS)(0, np.random.default_rng(0))
+    assert without.foreground is None
+    drawn = _sampler(store, ALWAYS, box_masks="ellipsoid")(0, np.random.default_rng(0))
+    assert drawn.foreground is not None
+    for target, mask in zip(drawn.targets, drawn.foreground, strict=True):
+        z0, y0, x0, z1, y1, x1 = target.boxes[0].round().int().tolist()
+        assert mask[z0:z1, y0:y1, x0:x1].float().mean() > 0.35  # pi / 6 of a whole one
+        assert mask.sum() > 20
+
+
+@pytest.mark.parametrize("augmentation", [SCALE, ALWAYS])
+def test_patches_on_objects_show_them_whole_where_they_fit(
+    tmp_path: Path, augmentation: SpatialAugmentation
+) -> None:
+    instances, boxes = _balls((20, 21, 22, 3))
+    sampler = _sampler(_store_of(tmp_path, instances, boxes), augmentation)
+    whole = 4 / 3 * np.pi * 3**3
+    for step in range(10):
+        batch = sampler(step, np.random.default_rng(step))
+        assert batch.foreground is not None
+        for target, mask in zip(batch.targets, batch.foreground, strict=True):
+            assert len(target) == 1
+            assert mask.sum() > 0.7 * whole / 1.4**3
+
+
+def test_augmented_batches_are_a_function_of_seed_rank_and_step(tmp_path: Path) -> None:
+    store = _store_of(tmp_path, *_balls((18, 18, 18, 4), (28, 30, 26, 3)))
+    sampler = _sampler(store, SpatialAugmentation(rotation_probability=0.5), fraction=0.5)
+
+    def images(*, workers: int, rank: int = 0, first: int = 0) -> list[torch.Tensor]:
+        batches = step_batches(
+            sampler, seed=1, first_step=first, steps=8, workers=workers, rank=rank
+        )
+        return [batch.image.clone() for batch in batches]
+
+    here = images(workers=0)
+    for workers in (1, 2):
+        there = images(workers=workers)
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    tail = images(workers=2, first=5)
+    assert all(torch.equal(a, b) for a, b in zip(here[5:], tail, strict=True))
+    every = [*here, *images(workers=2, rank=1)]
+    assert len({image.numpy().tobytes() for image in every}) == len(every)  # no stream repeats
+
+
+@pytest.mark.parametrize("numbers", [(3, 900), (7, 3_000_000)])
+def test_prepared_maps_number_the_object_of_row_n_as_n_plus_1(
+    raw_dataset: Path, tmp_path: Path, numbers: tuple[int, int]
+) -> None:
+    path = raw_dataset / "labelsTr" / "case0.nii.gz"
+    volume = read_image(path)
+    renamed = np.choose(volume.array.astype(np.int64), [0, *numbers]).astype(np.int32)
+    write_image(path, Volume(renamed, volume.grid))
+    classes = {str(number): row for row, number in enumerate(numbers)}
+    path.with_name("case0.json").write_text(json.dumps({"instances": classes}))
+    prepare(raw_dataset, tmp_path / "store", workers=0, only=["case0"])
+    store = CaseStore.open(tmp_path / "store")
+    ids, boxes = boxes_from_instances(store.read_instances("case0"))
+    assert ids.tolist() == [1, 2]
+    np.testing.assert_allclose(boxes, store.record("case0").boxes, atol=1.0)
+
+
+def test_a_hundred_thousand_cases_start_within_seconds(tmp_path: Path) -> None:
+    small = _store_of(tmp_path, *_balls((20, 20, 20, 5)))
+    known = small.cases[0]
+    cases = [
+        CaseRecord(
+            "a" if number == 0 else f"case{number}",
+            known.shape,
+            known.spacing_mm,
+            known.boxes,
+            known.labels,
+            known.files,
+        )
+        for number in range(100_000)
+    ]
+    store = CaseStore(tmp_path, cases, digest="", verify=False)
+    started = time.monotonic()
+    table = case_objects(store, [record.case_id for record in cases])
+    assert time.monotonic() - started < 2.5
+    sampler = PatchSampler(store, table, PATCH, 2, 1.0, ALWAYS)
+
+    def make(step: int, rng: np.random.Generator) -> int:
+        sampler._objects_up_to  # noqa: B018 - what a worker computes before its first patch
+        return step
+
+    assert list(step_batches(make, seed=0, first_step=0, steps=4, workers=2)) == [0, 1, 2, 3]
+    assert time.monotonic() - started < 5

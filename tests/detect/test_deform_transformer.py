@@ -91,7 +91,7 @@ def test_sine_features_are_interleaved_sines_and_cosines() -> None:
 def test_sampling_locations_are_the_golden_ones(shared: Path) -> None:
     golden = dict(np.load(shared / "golden" / "msda" / "m01_sampling_locations.npz"))
     offsets = torch.tensor(golden["offsets"]).flip(-1)  # theirs are x, y, z
-    shapes = [tuple(int(n) for n in row) for row in golden["spatial_shapes"]]
+    shapes = [(int(d), int(h), int(w)) for d, h, w in golden["spatial_shapes"]]
     for key, reference in (("points", "reference_points"), ("boxes", "reference_boxes")):
         # The peer gives one reference per level; all levels see the same patch here.
         given = torch.tensor(golden[reference])

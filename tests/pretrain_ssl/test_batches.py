@@ -75,15 +75,28 @@ def test_mirror_flips_each_axis_half_of_the_time() -> None:
 @pytest.mark.parametrize(("cases", "held_out"), [(1, 0), (9, 0), (10, 1), (100, 5), (5000, 50)])
 def test_split_size(cases: int, held_out: int) -> None:
     names = [f"c{number}" for number in range(cases)]
-    training, validation = split_cases(names[::-1], seed=0)
+    training, validation = split_cases({name: name for name in names[::-1]}, seed=0)
     assert len(validation) == held_out
     assert sorted(training + validation) == sorted(names)
-    assert (training, validation) == split_cases(names, seed=0)
+    assert (training, validation) == split_cases({name: name for name in names}, seed=0)
 
 
 def test_split_depends_on_the_seed() -> None:
     names = [f"c{number:03d}" for number in range(100)]
-    assert split_cases(names, seed=0) != split_cases(names, seed=1)
+    patients = {name: name for name in names}
+    assert split_cases(patients, seed=0) != split_cases(patients, seed=1)
+
+
+def test_scans_of_one_patient_stay_on_one_side() -> None:
+    patients = {
+        f"p{patient:02d}_scan{scan}": f"p{patient:02d}"
+        for patient in range(30)
+        for scan in range(3)
+    }
+    training, validation = split_cases(patients, seed=3)
+    assert len(validation) == 3
+    assert {patients[case] for case in validation}.isdisjoint(patients[case] for case in training)
+    assert sorted(training + validation) == sorted(patients)
 
 
 def test_cases_of_different_channel_counts_are_refused(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_from_images_to_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtu
     places = ["--store", store, "--run", run, "--device", "cpu", "--workers", "0"]
     assert call("train", "mae_small", *places, *settings) == 0
     captured = capsys.readouterr()
-    assert "no validation: the store has fewer than 10 cases" in captured.out
+    assert "no validation: the store has fewer than 10 patients" in captured.out
     assert captured.err == ""
     assert call("export", run, "-o", output) == 0
     assert read_checkpoint(output).metadata.source.steps == 2

@@ -9,7 +9,8 @@ from voxelbridge.core.data.image_io import write_image
 from voxelbridge.core.data.resample import resample_image
 from voxelbridge.core.data.volume import Grid, Volume
 from voxelbridge.core.errors import ConfigError, DataError
-from voxelbridge.pretrain_ssl.prepare import find_images, prepare
+from voxelbridge.pretrain_ssl.prepare import prepare
+from voxelbridge.pretrain_ssl.sources.find import find_scans
 
 Spacing = tuple[float, float, float]
 
@@ -70,29 +71,28 @@ def test_names_come_from_relative_paths(tmp_path: Path) -> None:
     write(tmp_path / "site1" / "scan.nii.gz", image((4, 4, 4)))
     write(tmp_path / "site2" / "scan.nii.gz", image((4, 4, 4)))
     (tmp_path / "notes.txt").touch()
-    assert [found.case_id for found in find_images(tmp_path)] == ["site1__scan", "site2__scan"]
+    assert [found.case_id for found in find_scans(tmp_path).scans] == ["site1__scan", "site2__scan"]
 
 
 def test_raw_data_set_gives_one_case_per_channel_file_of_images_tr(tmp_path: Path) -> None:
     for name in ("imagesTr/p_0000", "imagesTr/p_0001", "imagesTs/q_0000", "labelsTr/p"):
         write(tmp_path / f"{name}.nii.gz", image((4, 4, 4)))
     (tmp_path / "dataset.json").write_text("{}")
-    assert [found.case_id for found in find_images(tmp_path)] == ["p_0000", "p_0001"]
+    assert [found.case_id for found in find_scans(tmp_path).scans] == ["p_0000", "p_0001"]
 
 
-def test_equal_names_are_refused(tmp_path: Path) -> None:
+def test_equal_names_of_two_formats_stay_two_cases(tmp_path: Path) -> None:
     write(tmp_path / "a.nii.gz", image((4, 4, 4)))
     write(tmp_path / "a.nrrd", image((4, 4, 4)))
-    with pytest.raises(DataError, match=r"a\.nrrd: the same case name a as"):
-        find_images(tmp_path)
+    assert len({scan.case_id for scan in find_scans(tmp_path).scans}) == 2
 
 
-@pytest.mark.parametrize("name", ["missing", "empty", "pretrain_data.json"])
+@pytest.mark.parametrize("name", ["missing", "empty", "notes.txt"])
 def test_other_sources_are_refused_with_what_is_accepted(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "pretrain_data.json").write_text("{}")
-    with pytest.raises(DataError, match=rf"{name}: .*accepted are a folder of \.nii\.gz"):
-        find_images(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=rf"{name}: (.*accepted are nnssl|no image found)"):
+        find_scans(tmp_path / name)
 
 
 def test_bad_cases_are_named_once_and_the_good_ones_are_stored(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The case store: exact round trips, damage is found, unfinished work is not."""
 
-import hashlib
 import json
 import multiprocessing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from voxelbridge.core.data.array_file import chunk_shapes, open_array
 from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
 from voxelbridge.core.data.mapping import StoredToOriginal
+from voxelbridge.core.data.provenance import Provenance
 from voxelbridge.core.data.volume import Grid, box_corners_to_world
 from voxelbridge.core.errors import DataError
 
@@ -178,7 +179,13 @@ def test_damage_is_refused_at_the_first_read_by_default(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(DataError, match=r"b\.b2nd: case b: its content changed"):
         CaseStore.open(tmp_path).read_patch("b", (0, 0, 0), (4, 4, 4))
-    with pytest.raises(DataError, match=r"b\.b2nd: damaged"):  # blosc2 notices only some damage
+
+
+def test_a_cut_file_is_refused_even_without_verification(tmp_path: Path) -> None:
+    _store(tmp_path)
+    path = tmp_path / "cases" / "b.b2nd"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"b\.b2nd"):
         CaseStore.open(tmp_path, verify="never").read_image("b")
 
 
@@ -274,7 +281,9 @@ def test_nan_in_the_image_is_never_stored(tmp_path: Path) -> None:
         CaseStoreWriter(tmp_path).write_case("x", image, grid=_grid((4, 5, 6)), boxes=[], labels=[])
 
 
-@pytest.mark.parametrize("case_id", ["", ".", "..", "a/b", ".hidden", "x.instances", "a\nb"])
+@pytest.mark.parametrize(
+    "case_id", ["", ".", "..", "a/b", ".hidden", "x.instances", "x.mask.body", "a\nb"]
+)
 def test_case_ids_that_are_no_file_names_are_refused(tmp_path: Path, case_id: str) -> None:
     with pytest.raises(DataError, match="rename it"):
         _write(CaseStoreWriter(tmp_path), case_id, (1, 2, 2, 2))
@@ -364,31 +373,82 @@ def test_boxes_on_an_unresampled_case_are_exact() -> None:
     assert np.array_equal(mapping.boxes_to_stored(mapping.boxes_to_original(boxes)), boxes)
 
 
-@pytest.mark.slow
-def test_index_of_100_000_cases_opens_in_seconds(tmp_path: Path) -> None:
-    import time
+LOCATIONS = {1: np.array([[0, 1, 2], [3, 4, 5]]), 0: np.zeros((0, 3), dtype=np.int64)}
+PROVENANCE = Provenance("p1", ("dicom:1.2.3", "kits:case_00000"), ("a" * 64, "b" * 64))
 
-    line = {
-        "shape": [1, 200, 300, 300],
-        "spacing_mm": [1.0, 0.7, 0.7],
-        "boxes": [[1.5, 2.5, 3.5, 40.25, 50.5, 60.125], [1, 2, 3, 4, 5, 6]],
-        "labels": [0, 1],
-        "files": {
-            role: {"bytes": 12345678, "sha256": "0" * 64} for role in ("case", "image", "instances")
-        },
-    }
-    lines = (json.dumps({"case_id": f"case_{n:06d}", **line}) for n in range(100_000))
-    body = ("\n".join(lines) + "\n").encode()
-    header = {
-        "schema": 1,
-        "num_cases": 100_000,
-        "cases_sha256": hashlib.sha256(body).hexdigest(),
-    }
-    (tmp_path / "index.jsonl").write_bytes(json.dumps(header).encode() + b"\n" + body)
-    start = time.perf_counter()
+
+def _full_case(root: Path) -> tuple[CaseStore, np.ndarray]:
+    mask = np.random.default_rng(2).integers(0, 3, size=(20, 21, 22))
+    _write(
+        CaseStoreWriter(root, patch_size=(16, 16, 16)),
+        "a",
+        (1, 20, 21, 22),
+        provenance=PROVENANCE,
+        locations=LOCATIONS,
+        masks={"body": mask, "anon_mask": mask > 5},
+    )
+    CaseStoreWriter(root).finish()
+    return CaseStore.open(root), mask
+
+
+def test_provenance_locations_and_masks_come_back(tmp_path: Path) -> None:
+    store, mask = _full_case(tmp_path)
+    record = store.record("a")
+    assert record.provenance == PROVENANCE
+    assert record.mask_names == ("anon_mask", "body")
+    locations = store.read_locations("a")
+    assert list(locations) == [0, 1]
+    for label, voxels in LOCATIONS.items():
+        assert locations[label].dtype == np.int32
+        assert np.array_equal(locations[label], voxels)
+    patch = store.read_mask_patch("a", "body", (-2, 3, 5), (10, 4, 30))
+    assert patch.dtype == np.uint8
+    wide = np.pad((mask != 0).astype(np.uint8), 40)
+    assert np.array_equal(patch, wide[38:48, 43:47, 45:75])
+    assert not store.read_mask_patch("a", "anon_mask", (0, 0, 0), (20, 21, 22)).any()
+    assert store.verify() == []
+
+
+def test_case_without_provenance_locations_and_masks_has_none(tmp_path: Path) -> None:
+    store, _, _ = _store(tmp_path)
+    assert store.record("a").provenance == Provenance()
+    assert store.record("a").mask_names == ()
+    with pytest.raises(DataError, match="case a has no locations"):
+        store.read_locations("a")
+    with pytest.raises(DataError, match=r"case a has no mask\.body"):
+        store.read_mask_patch("a", "body", (0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["a.locations.safetensors", "a.mask.body.b2nd"])
+def test_damaged_mask_or_locations_are_refused(tmp_path: Path, name: str) -> None:
+    _full_case(tmp_path)
+    path = tmp_path / "cases" / name
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)
     store = CaseStore.open(tmp_path)
-    seconds = time.perf_counter() - start
-    print(f"100 000 cases opened in {seconds:.2f} s")
-    assert len(store.cases) == 100_000
-    assert store.record("case_099999").boxes.shape == (2, 6)
-    assert seconds < 15
+    assert len(store.verify()) == 1
+    read = store.read_locations
+    if "mask" in name:
+        read = partial(store.read_mask_patch, name="body", start=(0, 0, 0), size=(1, 1, 1))
+    with pytest.raises(DataError, match=f"{name}: case a: its content changed"):
+        read("a")
+    path.unlink()
+    assert not CaseStoreWriter(tmp_path).is_done("a")
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "x" * 65, "ü"])
+def test_mask_names_that_are_no_plain_words_are_refused(tmp_path: Path, name: str) -> None:
+    mask = np.zeros((2, 2, 2), dtype=bool)
+    with pytest.raises(DataError, match="case a: mask name"):
+        _write(CaseStoreWriter(tmp_path), "a", (1, 2, 2, 2), masks={name: mask})
+
+
+@pytest.mark.parametrize(
+    "voxels", [np.array([[0, 0, 2]]), np.array([[-1, 0, 0]]), np.zeros((1, 3)), np.zeros(3, int)]
+)
+def test_locations_outside_or_of_another_form_are_a_programming_error(
+    tmp_path: Path, voxels: np.ndarray
+) -> None:
+    with pytest.raises(ValueError, match="locations of 0"):
+        _write(CaseStoreWriter(tmp_path), "a", (1, 2, 2, 2), locations={0: voxels})

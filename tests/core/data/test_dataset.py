@@ -379,3 +379,235 @@ def test_case_in_training_and_test_is_refused(tmp_path: Path) -> None:
     _image(tmp_path / "imagesTs" / "a_0000.nii.gz")
     with pytest.raises(DataError, match="imagesTr and in imagesTs: a"):
         RawDataset.open(tmp_path)
+
+
+def test_a_case_is_shown_by_its_name(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNUNET)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    assert str(RawDataset.open(tmp_path).cases[0]) == "case a"
+
+
+def test_each_case_may_be_labelled_in_its_own_way(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNUNET)
+    labels = tmp_path / "labelsTr"
+    for name in ("boxes", "empty", "instances", "nobox", "semantic", "zeros"):
+        _image(tmp_path / "imagesTr" / f"{name}_0000.nii.gz")
+    _json(labels / "boxes.json", {"boxes": [{"label": 1, "box": [0, 0, 0, 2, 2, 2]}]})
+    _json(labels / "empty.json", {"instances": {}})
+    _image(labels / "instances.nii.gz", _semantic())
+    _json(labels / "instances.json", {"instances": {"1": 0, "2": 1, "3": 0}, "age": 60})
+    _json(labels / "nobox.json", {"boxes": [], "reader": "A"})
+    _image(labels / "semantic.nii.gz", _semantic())
+    _image(labels / "zeros.nii.gz")
+    cases = RawDataset.open(tmp_path).cases
+    objects = {case.case_id: case.read_objects(GRID) for case in cases}
+    assert {name: found.labels.tolist() for name, found in objects.items()} == {
+        "boxes": [1], "empty": [], "instances": [0, 1, 0], "nobox": [], "semantic": [0, 0, 1],
+        "zeros": [],
+    }  # fmt: skip
+    # Where boxes alone are known, no voxel is known to be background.
+    assert {name for name, found in objects.items() if found.instances is None} == {
+        "boxes", "nobox",
+    }  # fmt: skip
+    empty = objects["empty"].instances
+    assert empty is not None
+    assert empty.shape == SHAPE
+
+
+def test_old_nnunet_and_decathlon_labels_by_id(tmp_path: Path) -> None:
+    content = {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "organ", "2": "tumour", "3": "cyst"},
+        "numTraining": 1,
+        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+        "things": ["tumour", "cyst"],
+    }
+    _json(tmp_path / "dataset.json", content)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    _image(tmp_path / "labelsTr" / "a.nii.gz", _semantic())
+    assert RawDataset.open(tmp_path).class_names == ("tumour", "cyst")
+    assert _objects(tmp_path).labels.tolist() == [0, 0, 1]
+
+
+def test_nndetection_source_with_semantic_things(tmp_path: Path) -> None:
+    content = {**NNDETECTION, "seg2det_things": [2, 3], "seg2det_stuff": [1], "min_vol": 1}
+    _json(tmp_path / "dataset.json", content)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    _image(tmp_path / "labelsTr" / "a.nii.gz", _semantic())
+    assert _objects(tmp_path).labels.tolist() == [0, 0, 1, 1]  # the speck counts
+
+
+def test_regions_with_a_class_order(tmp_path: Path) -> None:
+    content = {
+        **NNUNET,
+        "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3]},
+        "regions_class_order": [1, 2, 3],
+        "things": ["whole", "enhancing"],
+    }
+    _json(tmp_path / "dataset.json", content)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    labels = np.zeros(SHAPE, dtype=np.uint8)
+    labels[0:4, 0:4, 0:4], labels[1:4, 1:4, 1:4] = 1, 3
+    _image(tmp_path / "labelsTr" / "a.nii.gz", labels)
+    assert _objects(tmp_path).boxes.tolist() == [[0, 0, 0, 4, 4, 4], [1, 1, 1, 4, 4, 4]]
+
+
+def test_ignored_voxels_are_no_object_and_other_ids_are_refused(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNUNET)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    labels = _semantic()
+    labels[:, 6, 0] = 4  # "ignore"
+    _image(tmp_path / "labelsTr" / "a.nii.gz", labels)
+    assert len(_objects(tmp_path).boxes) == 3
+    labels[0, 6, 1] = 5
+    _image(tmp_path / "labelsTr" / "a.nii.gz", labels)
+    with pytest.raises(DataError, match="case a: the label map holds 5, which 'labels'"):
+        _objects(tmp_path)
+
+
+def test_files_may_be_named_by_dataset_json(tmp_path: Path) -> None:
+    outside = tmp_path / "pacs"
+    content = {
+        **NNUNET,
+        "dataset": {
+            "a": {"images": ["../pacs/scan1.nii.gz"], "label": "../pacs/seg1.nii.gz"},
+            "b": {"images": [str(outside / "scan2.nrrd")], "label": str(outside / "seg2.nii.gz")},
+            "c": {"images": ["../pacs/scan1.nii.gz"]},
+            "d": {"images": ["../pacs/scan1.nii.gz", "x.nii.gz"], "label": "gone.nii.gz"},
+            "e": {"images": ["../pacs/scan1.nii.gz"], "label": "gone.nii.gz"},
+        },
+    }
+    folder = tmp_path / "data"
+    _json(folder / "dataset.json", content)
+    _image(outside / "scan1.nii.gz")
+    _image(outside / "scan2.nrrd")
+    _image(outside / "seg1.nii.gz", _semantic())
+    _image(outside / "seg2.nii.gz", _semantic())
+    _json(outside / "seg2.json", {"instances": {"1": 0, "2": 1, "3": 1}})
+    _json(folder / "labelsTr" / "c.json", {"boxes": []})
+    cases = {case.case_id: case for case in RawDataset.open(folder).cases}
+    assert list(cases) == ["a", "b", "c", "d", "e"]
+    assert cases["a"].read_objects(cases["a"].read_grid()).labels.tolist() == [0, 0, 1]
+    assert cases["b"].read_image().array.shape == (1, *SHAPE)
+    assert cases["b"].read_objects(GRID).labels.tolist() == [0, 1, 1]
+    assert len(cases["c"].read_objects(GRID).boxes) == 0
+    with pytest.raises(DataError, match="case d: 2 images in dataset"):
+        cases["d"].read_image()
+    with pytest.raises(DataError, match=r"case e: .*gone\.nii\.gz does not exist"):
+        cases["e"].read_objects(GRID)
+    for named in ({"images": []}, {"label": "x"}, [1], {"images": [1]}):
+        _json(folder / "dataset.json", {**NNUNET, "dataset": {"a": named}})
+        with pytest.raises(DataError, match="case 'a' of 'dataset'"):
+            RawDataset.open(folder)
+    _json(folder / "dataset.json", {**NNUNET, "dataset": {"../a": {"images": ["x"]}}})
+    with pytest.raises(DataError, match="file name"):
+        RawDataset.open(folder)
+
+
+def test_labels_may_have_another_ending_unless_one_is_declared(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNDETECTION)
+    _image(tmp_path / "imagesTr" / "a_0000.mha")
+    _image(tmp_path / "labelsTr" / "a.nii.gz")
+    _json(tmp_path / "labelsTr" / "a.json", {"instances": {}})
+    assert len(_objects(tmp_path).boxes) == 0
+    assert RawDataset.open(tmp_path).cases[0].label_path is not None
+    _json(tmp_path / "dataset.json", {**NNDETECTION, "file_ending": ".mha"})
+    assert RawDataset.open(tmp_path).cases[0].label_path is None
+
+
+def test_two_files_of_one_channel_are_a_problem_of_their_case(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNDETECTION)
+    for name in ("a_0000.mha", "a_0000.nii.gz", "b_0000.nii.gz"):
+        _image(tmp_path / "imagesTr" / name)
+    first, second = RawDataset.open(tmp_path).cases
+    with pytest.raises(DataError, match="case a: several files of channel 0"):
+        first.read_image()
+    assert second.read_image().array.shape == (1, *SHAPE)
+
+
+def test_channels_on_other_grids_are_all_named(tmp_path: Path) -> None:
+    names = {str(n): f"T{n}" for n in range(3)}
+    _json(tmp_path / "dataset.json", {**NNDETECTION, "modalities": names})
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    for number, spacing in ((1, (2.0, 1.0, 0.75)), (2, (3.0, 1.0, 0.5))):
+        _image(
+            tmp_path / "imagesTr" / f"a_000{number}.nii.gz", grid=Grid.from_parts(SHAPE, spacing)
+        )
+    (case,) = RawDataset.open(tmp_path).cases
+    for read in (case.read_image, case.read_grid):
+        with pytest.raises(DataError, match=r"case a: .*a_0001.*2x1x0\.75.*a_0002.*3x1x0\.5"):
+            read()
+
+
+def test_labels_without_an_image_are_surveyed_and_do_not_stop_opening(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNDETECTION)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    _json(tmp_path / "labelsTr" / "lost.json", {"boxes": []})
+    assert len(RawDataset.open(tmp_path).cases) == 1
+    _, problems = RawDataset.survey(tmp_path)
+    assert [(p.kind, p.case_id) for p in problems] == [("orphan-label", "lost")]
+
+
+def test_origins_are_read_and_checked(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNUNET)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    _image(tmp_path / "imagesTs" / "t_0000.nii.gz")
+    assert RawDataset.open(tmp_path).origins == {}
+    _json(tmp_path / "origins.json", {"a": ["dicom:1", "kits:2"], "t": "msd:3"})
+    assert RawDataset.open(tmp_path).origins == {"a": ("dicom:1", "kits:2"), "t": ("msd:3",)}
+    for content, message in (
+        ({"zz": ["dicom:1"]}, "unknown cases: zz"),
+        ({"a": 3}, "expected names"),
+        ([], "expected an object"),
+    ):
+        _json(tmp_path / "origins.json", content)
+        with pytest.raises(DataError, match=rf"origins\.json.*{message}"):
+            RawDataset.open(tmp_path)
+
+
+def test_yaml_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "dataset.yaml").write_text("task: Task001")
+    with pytest.raises(DataError, match=r"dataset\.yaml: .*JSON"):
+        RawDataset.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({**NNUNET, "file_ending": ".png"}, "'file_ending' is '.png'"),
+        ({**NNUNET, "things": ["tumour", 2]}, "names a label twice"),
+        ({**NNUNET, "things": ["ignore"]}, "'things' names ignore"),
+        ({**NNUNET, "labels": {"background": 1}}, "'background'"),
+        ({**NNUNET, "labels": {"background": 0, "a": 1, "b": 1}}, "same id 1"),
+        ({**NNUNET, "labels": {"background": 0, "a": [0, 1]}}, "contains 0"),
+        ({**NNUNET, "min_voxels": "ten"}, "'min_voxels'"),
+        ({**NNUNET, "dataset": []}, "'dataset' must be an object"),
+        ({**NNDETECTION, "seg2det_things": [1]}, "one label id above 0"),
+    ],
+)
+def test_more_wrong_descriptions(tmp_path: Path, content: Any, message: str) -> None:
+    _json(tmp_path / "dataset.json", content)
+    _image(tmp_path / "imagesTr" / "a_0000.nii.gz")
+    with pytest.raises(DataError, match=rf"dataset\.json: .*{message}") as caught:
+        RawDataset.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_another_ending_are_told(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNUNET)
+    _image(tmp_path / "imagesTr" / "a_0000.nrrd")
+    with pytest.raises(DataError, match=r"a_0000\.nrrd do not end in \.nii\.gz"):
+        RawDataset.open(tmp_path)
+
+
+def test_many_cases_are_opened_from_names_alone(tmp_path: Path) -> None:
+    _json(tmp_path / "dataset.json", NNDETECTION)
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    for number in range(2000):
+        (tmp_path / "imagesTr" / f"c{number:06d}_0000.nii.gz").touch()
+        (tmp_path / "labelsTr" / f"c{number:06d}.json").touch()
+    cases = RawDataset.open(tmp_path).cases
+    assert len(cases) == 2000
+    assert all(case.objects_path is not None for case in cases)
+    assert cases[-1].case_id == "c001999"

@@ -2,15 +2,24 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from voxelbridge.core.data.executor import AHEAD_PER_WORKER, Done, Failed, map_cases
+from voxelbridge.core.data.executor import (
+    AHEAD_PER_WORKER,
+    Done,
+    Failed,
+    isolated,
+    map_cases,
+)
 from voxelbridge.core.errors import ConfigError, DataError
 
 
@@ -134,3 +143,123 @@ def test_progress_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert "preparing: 2" in captured.out
     assert captured.err == ""
+
+
+MEGABYTE = 1 << 20
+
+
+def _hungry(megabytes: int) -> int:
+    return int(np.ones(megabytes * MEGABYTE, dtype=np.uint8).sum())
+
+
+@dataclass(frozen=True)
+class _Case:
+    case_id: str
+    path: str = "/somewhere/long"
+
+
+def test_case_that_needs_too_much_memory_ends_alone() -> None:
+    outcomes = list(
+        map_cases(_hungry, [1, 400, 2], workers=2, description="x", memory_limit=200 * MEGABYTE)
+    )
+    assert [type(outcome) for outcome in outcomes] == [Done, Failed, Done]
+    assert isinstance(outcomes[1], Failed)
+    assert "400: it needs more than 0.195 GiB of memory" in str(outcomes[1].error)
+
+
+def test_case_that_takes_too_long_is_stopped_and_named_once() -> None:
+    def work(case: _Case) -> str:
+        if case.case_id == "slow":
+            time.sleep(30)
+        return case.case_id
+
+    start = time.monotonic()
+    items = [_Case("a"), _Case("slow"), _Case("b")]
+    outcomes = list(map_cases(work, items, workers=1, description="x", timeout_s=0.5))
+    assert time.monotonic() - start < 10
+    assert [type(outcome) for outcome in outcomes] == [Done, Failed, Done]
+    assert isinstance(outcomes[1], Failed)
+    assert str(outcomes[1].error) == "case slow: took longer than 0.5 s and was stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT])
+def test_crash_is_told_by_its_signal(number: signal.Signals) -> None:
+    def work(item: str) -> None:
+        os.kill(os.getpid(), number)
+
+    (outcome,) = map_cases(work, ["a"], workers=1, description="x")
+    assert isinstance(outcome, Failed)
+    expected = f"a: its process crashed ({number.name}); the file is probably damaged"
+    assert str(outcome.error) == expected
+
+
+def test_error_of_several_lines_becomes_one() -> None:
+    def work(item: str) -> None:
+        raise RuntimeError("first\n  second")
+
+    (outcome,) = map_cases(work, ["a"], workers=1, description="x")
+    assert isinstance(outcome, Failed)
+    assert str(outcome.error) == "a: RuntimeError: first second"
+
+
+def test_isolated_call_gives_the_value_or_the_error() -> None:
+    assert isolated(divmod, 7, 2) == (3, 1)
+    with pytest.raises(DataError, match=r"^case bad: no label$"):
+        isolated(_work, "bad")
+    with pytest.raises(ConfigError):
+        isolated(_work, "config")
+    with pytest.raises(DataError, match=r"^ZeroDivisionError: division by zero$"):
+        isolated(_work, "bug")
+    with pytest.raises(DataError, match=r"^its process was killed by SIGKILL"):
+        isolated(_work, "killed")
+    with pytest.raises(DataError, match="of memory"):
+        isolated(_hungry, 400, memory_limit=200 * MEGABYTE)
+    with pytest.raises(DataError, match=r"longer than 0\.2 s"):
+        isolated(time.sleep, 30, timeout_s=0.2)
+
+
+def test_isolated_call_inside_a_case_works() -> None:
+    def work(item: str) -> np.ndarray:
+        return isolated(_work, item)
+
+    outcomes = list(map_cases(work, ["a", "killed", "bb"], workers=2, description="x"))
+    assert [type(outcome) for outcome in outcomes] == [Done, Failed, Done]
+
+
+def test_memory_limit_leaves_the_caller_alone() -> None:
+    isolated(_work, "a", memory_limit=10 * MEGABYTE)
+    assert _hungry(50) == 50 * MEGABYTE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel call exists on Linux only")
+def test_children_of_a_killed_parent_end_too(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from voxelbridge.core.data.executor import isolated\n"
+        "def work(path):\n"
+        "    Path(path).write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "isolated(work, sys.argv[1])\n"
+    )
+    noted = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", program, str(noted)])
+    until = time.monotonic() + 30
+    while not (noted.exists() and noted.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    child = int(noted.read_text())
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 5
+    while _runs(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voxelbridge.core.data import foreground
 from voxelbridge.core.data.foreground import (
     boxes_from_instances,
+    class_locations,
     foreground_samples,
     instances_from_semantic,
     nonzero_box,
@@ -33,6 +35,92 @@ def test_nonzero_box_is_the_union_over_channels() -> None:
 
 def test_nonzero_box_of_zeros_is_the_whole_volume() -> None:
     assert nonzero_box(np.zeros((1, 5, 6, 7), dtype=np.int16)).tolist() == [0, 0, 0, 5, 6, 7]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3))
+def test_nonzero_box_equals_the_extent_of_all_nonzero_voxels(seed: int, channels: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (channels, *rng.integers(1, 9, size=3))
+    image = rng.integers(-2, 3, size=shape) * (rng.random(shape) < 0.05)
+    where = np.argwhere(image.any(axis=0))
+    whole = [0, 0, 0, *shape[1:]]
+    expected = [*where.min(axis=0), *(where.max(axis=0) + 1)] if len(where) else whole
+    assert nonzero_box(image).tolist() == expected
+
+
+def test_filling_holes_would_not_change_the_box() -> None:
+    image = np.zeros((1, 7, 8, 9), dtype=np.int16)
+    image[0, 1:6, 2:7, 3:8] = 5
+    box = nonzero_box(image).tolist()
+    image[0, 2:5, 3:6, 4:7] = 0
+    assert nonzero_box(image).tolist() == box == [1, 2, 3, 6, 7, 8]
+
+
+def test_locations_are_all_voxels_of_small_labels() -> None:
+    labels = np.zeros((4, 5, 6), dtype=np.uint8)
+    labels[0, 0, 0], labels[3, 4, 5], labels[1, 2, 3] = 2, 2, 7
+    found = class_locations(labels, [7, 2, 9])
+    assert list(found) == [2, 7, 9]
+    assert found[2].tolist() == [[0, 0, 0], [3, 4, 5]]
+    assert found[7].tolist() == [[1, 2, 3]]
+    assert found[9].shape == (0, 3)
+    assert all(where.dtype == np.int32 for where in found.values())
+    assert class_locations(labels, []) == {}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([np.uint8, np.int16, np.int32, np.int64]),
+    st.sampled_from([1, 30_000]),
+)
+def test_locations_lie_in_their_label_without_repeats(seed: int, dtype: type, factor: int) -> None:
+    rng = np.random.default_rng(seed)
+    if dtype is not np.int64 and dtype is not np.int32:
+        factor = 1
+    labels = (rng.integers(-1 if dtype != np.uint8 else 0, 6, size=(9, 10, 11)) * factor).astype(
+        dtype
+    )
+    ids = [factor * n for n in (1, 3, 5)]
+    found = class_locations(labels, ids, at_least=20, fraction=0.25)
+    for label in ids:
+        total = int((labels == label).sum())
+        where = found[label]
+        assert len(where) == max(min(20, total), -(-total // 4))
+        assert (labels[tuple(where.T)] == label).all()
+        flat = np.ravel_multi_index(tuple(where.T), labels.shape)
+        assert (np.diff(flat) > 0).all()
+
+
+def test_locations_of_a_label_depend_on_nothing_but_map_and_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = np.random.default_rng(0).integers(0, 4, size=(8, 9, 10)).astype(np.uint8)
+    first = class_locations(labels, [1, 2, 3], at_least=15)
+    alone = class_locations(labels, [2], at_least=15)
+    other = class_locations(labels, [2], at_least=15, seed=7)
+    view = class_locations(labels.astype(np.int32)[::-1][::-1], [2], at_least=15)
+    monkeypatch.setattr(foreground, "SLAB_VOXELS", 37)
+    slabs = class_locations(labels, [2], at_least=15)
+    for same in (alone, view, slabs):
+        assert np.array_equal(first[2], same[2])
+    assert not np.array_equal(first[2], other[2])
+
+
+def test_locations_cover_their_label_evenly() -> None:
+    labels = np.ones((10, 10, 10), dtype=np.uint8)
+    counts = np.zeros((10, 10, 10))
+    for seed in range(200):
+        counts[tuple(class_locations(labels, [1], at_least=100, seed=seed)[1].T)] += 1
+    by_slice = counts.sum(axis=(1, 2))  # 2000 expected; standard deviation about 40
+    assert counts.sum() == 20_000
+    assert (np.abs(by_slice - 2000) < 250).all()
+
+
+def test_background_has_no_locations() -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        class_locations(np.zeros((2, 2, 2), dtype=np.uint8), [0, 1])
 
 
 def test_objects_that_touch_at_a_corner_are_one() -> None:

@@ -10,6 +10,8 @@ from voxelbridge.core.data.normalize import (
     ZScore,
     fit_ct,
     normalize,
+    normalize_in_place,
+    require_finite,
 )
 from voxelbridge.core.errors import DataError
 
@@ -65,6 +67,38 @@ def test_nan_and_infinity_are_refused_with_their_number(scheme: Normalization) -
     image[0, 0] = [np.nan, np.inf]
     with pytest.raises(DataError, match="2 voxels"):
         normalize(image, scheme)
+
+
+def test_values_beyond_float32_and_slices_are_counted() -> None:
+    image = np.zeros((3, 2, 2))
+    image[1, 0] = [1e300, -np.inf]
+    with pytest.raises(DataError, match="2 voxels"):
+        require_finite(image)
+    require_finite(np.zeros((1, 0, 2)))
+    require_finite(np.array([2**62]))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [ZScore(), ZScore(nonzero_only=True), CTPercentile(lower=-50, upper=90, mean=3, std=7)],
+)
+def test_slices_in_place_equal_the_formula_over_the_whole(scheme: Normalization) -> None:
+    rng = np.random.default_rng(1)
+    image = (rng.normal(20, 60, size=(7, 8, 9)) * (rng.random((7, 8, 9)) < 0.7)).astype(np.float32)
+    image[2] = 0
+    wide = image.astype(np.float64)
+    match scheme:
+        case ZScore():
+            values = wide[wide != 0] if scheme.nonzero_only else wide
+            expected = (wide - values.mean()) / values.std()
+            if scheme.nonzero_only:
+                expected[wide == 0] = 0
+        case CTPercentile():
+            expected = (np.clip(wide, -50, 90) - 3) / 7
+    np.testing.assert_allclose(normalize(image, scheme), expected, atol=2e-6)
+    view = image[::-1, :, ::-1]
+    normalize_in_place(view, scheme)
+    np.testing.assert_allclose(view, expected[::-1, :, ::-1], atol=2e-6)
 
 
 def test_input_array_is_left_alone() -> None:

@@ -87,6 +87,31 @@ def compare(
 
 
 @app.command()
+def overlap(
+    store_a: Annotated[Path, typer.Argument(help="A case store, such as one for pre-training.")],
+    store_b: Annotated[Path, typer.Argument(help="Another, such as one to measure on.")],
+    *,
+    as_json: Json = False,
+) -> None:
+    """List the cases that two stores share (leakage); exit status 1 if there are any."""
+    _require_data_extra(store_a)
+    from voxelbridge.core.data.overlap import compare_stores
+
+    found = compare_stores(store_a, store_b)
+    count = len(found.overlaps)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(store_a, store_b), indent=2))
+    else:
+        for line in found.lines(store_a, store_b):
+            typer.echo(line)
+    if count:
+        raise DataError(
+            f"{store_a} and {store_b} share {count} pair{'s' * (count != 1)} of cases; leave them "
+            "out of one of the stores"
+        )
+
+
+@app.command()
 def doctor(*, as_json: Json = False) -> None:
     """Print versions, GPU, free disk and shared memory, threads and a one-line verdict."""
     from voxelbridge.core.doctor import examine
@@ -110,13 +135,9 @@ def doctor(*, as_json: Json = False) -> None:
 
 
 def _verify_store(path: Path) -> None:
-    try:
-        from voxelbridge.core.data.case_store import CaseStore
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"{path}: a case store needs the extra 'data' ({error.name} is missing); "
-            "install voxelbridge-core[data]"
-        ) from error
+    _require_data_extra(path)
+    from voxelbridge.core.data.case_store import CaseStore
+
     store = CaseStore.open(path)
     problems = store.verify()
     for problem in problems:
@@ -124,6 +145,16 @@ def _verify_store(path: Path) -> None:
     if problems:
         raise DataError(f"{path}: {len(problems)} problems in {len(store.cases)} cases; see above")
     typer.echo(f"{path}: ok, {len(store.cases)} cases")
+
+
+def _require_data_extra(path: Path) -> None:
+    try:
+        import voxelbridge.core.data.case_store  # noqa: F401 - whether it can be imported
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{path}: a case store needs the extra 'data' ({error.name} is missing); "
+            "install voxelbridge-core[data]"
+        ) from error
 
 
 def _metadata_json(checkpoint: "Checkpoint") -> dict[str, object]:

@@ -1,24 +1,30 @@
-"""Training patches for detection: where they lie, which boxes they hold, how they are mirrored.
+"""Training patches for detection: where they lie, how they are turned, which boxes they hold.
 
 nnDetection's sampling (arXiv 2106.00817): a part of each batch is placed on a random object of the
-whole data set, the rest anywhere; boxes cut by the patch keep their visible part.
+whole data set, the rest anywhere; boxes cut by the patch keep their visible part. The transform is
+drawn first and only the voxels that it needs are read (core.data.augment).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from voxelbridge.core.data.augment import SpatialAugmentation, SpatialParams
 from voxelbridge.core.data.case_store import CaseStore
+from voxelbridge.core.data.foreground import boxes_from_instances
 from voxelbridge.core.data.patches import boxes_in_patch, object_start, uniform_start
 from voxelbridge.detect.detections import Targets
 
 MIN_VISIBLE_VOXELS = 1.0  # per axis: less of an object cannot be seen in a patch
+CUT_TOLERANCE = 1e-3  # voxels outside the patch that do not make an object a cut one
 Triple = tuple[int, int, int]
+BoxMasks = Literal["none", "ellipsoid"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class PatchSampler:
     patch_size: Triple
     batch_size: int
     object_fraction: float
-    mirror: bool
+    augmentation: SpatialAugmentation
+    box_masks: BoxMasks = "none"  # foreground of cases that have boxes only
 
     @cached_property
     def _names(self) -> list[str]:
@@ -80,6 +87,7 @@ class PatchSampler:
         return collate(samples)
 
     def _sample(self, rng: np.random.Generator, *, on_object: bool) -> "Sample":
+        params = self.augmentation.sample(rng, self.patch_size)
         num_objects = int(self._objects_up_to[-1])
         if on_object and num_objects > 0:
             # Every object of the data set is equally likely (nnDetection).
@@ -89,14 +97,12 @@ class PatchSampler:
             case = self.cases[name]
             row = chosen - int(self._objects_up_to[index]) + len(case.boxes)
             start = object_start(rng, case.shape, self.patch_size, case.boxes[row])
+            start = params.keep_inside(start, case.boxes[row])
         else:
             name = self._names[int(rng.integers(len(self._names)))]
             case = self.cases[name]
             start = uniform_start(rng, case.shape, self.patch_size)
-        sample = read_sample(self.store, name, case, start, self.patch_size)
-        if not self.mirror:
-            return sample
-        return flip_sample(sample, axes=[axis for axis in range(3) if rng.random() < 0.5])
+        return read_sample(self.store, name, case, start, params, box_masks=self.box_masks)
 
 
 @dataclass(frozen=True)
@@ -125,47 +131,81 @@ def case_objects(store: CaseStore, case_ids: Sequence[str]) -> dict[str, CaseObj
 
 
 def read_sample(
-    store: CaseStore, case_id: str, case: CaseObjects, start: Sequence[int], size: Triple
+    store: CaseStore,
+    case_id: str,
+    case: CaseObjects,
+    start: Sequence[int],
+    params: SpatialParams,
+    *,
+    box_masks: BoxMasks = "none",
 ) -> Sample:
-    """The patch of `size` voxels at `start`, zero-padded where it leaves the volume."""
-    image = store.read_patch(case_id, start, size, pad_value=0.0)
+    """The patch at `start` as `params` shows it, 0 where it leaves the volume.
+
+    Where the case has voxel labels, objects that are rotated or cut by the patch are boxed anew,
+    tightly around the voxels that are left; an object without any is dropped. Boxes-only cases keep
+    the transformed boxes and get the `foreground` that `box_masks` names.
+    """
+    first, size = params.source_box(start)
+    image = params.apply_image(store.read_patch(case_id, first, size, pad_value=0.0))
+    whole = params.apply_boxes(case.boxes, start=start)
+    boxes, rows = crop_boxes(whole, (0, 0, 0), params.patch_size)
     foreground = None
     if case.has_instances:
-        foreground = store.read_instances_patch(case_id, start, size, pad_value=0) > 0
-    boxes, kept = crop_boxes(case.boxes, start, size)
-    return Sample(image=image, boxes=boxes, labels=case.labels[kept], foreground=foreground)
+        stored = store.read_instances_patch(case_id, first, size, pad_value=0)
+        instances = params.apply_labels(stored)
+        foreground = instances > 0
+        boxes, rows = _boxes_of_voxels(whole, boxes, rows, instances, params)
+    elif box_masks == "ellipsoid":
+        near, _ = boxes_in_patch(whole, (0, 0, 0), params.patch_size)
+        foreground = params.draw_ellipsoids(case.boxes, start=start) if len(near) else None
+        if foreground is None:
+            foreground = np.zeros(params.patch_size, dtype=bool)
+    return Sample(image=image, boxes=boxes, labels=case.labels[rows], foreground=foreground)
+
+
+def _boxes_of_voxels(
+    whole: NDArray[np.float64],
+    boxes: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    instances: NDArray[np.int32],
+    params: SpatialParams,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Boxes and rows with those that need it taken from the patch's map, in which row n is n + 1.
+
+    `whole` are the boxes of all rows before they were cut, `boxes` the visible parts of `rows`.
+    """
+    if params.axis_aligned:
+        size = np.asarray(params.patch_size, dtype=np.float64)
+        outside = np.concatenate([-whole[rows, :3], whole[rows, 3:] - size], axis=1)
+        renewed = (outside > CUT_TOLERANCE).any(axis=1)
+        if not renewed.any():
+            return boxes, rows
+        kept, kept_rows = boxes[~renewed], rows[~renewed]
+        candidates = rows[renewed]
+    else:  # the estimate may have missed a corner of an object, so all rows are looked for
+        kept, kept_rows = boxes[:0], rows[:0]
+        candidates = np.arange(len(whole))
+    ids, tight = boxes_from_instances(instances)
+    found = np.isin(ids - 1, candidates)
+    all_boxes = np.concatenate([kept, tight[found]])
+    all_rows = np.concatenate([kept_rows, ids[found] - 1])
+    order = np.argsort(all_rows)
+    return all_boxes[order], all_rows[order]
 
 
 def crop_boxes(
-    boxes: NDArray[np.float32], start: Sequence[int], size: Sequence[int]
+    boxes: ArrayLike, start: Sequence[int], size: Sequence[int]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Visible parts (M, 6) of boxes (N, 6) in a patch, in its voxel edges, and their rows (M,).
 
     Slices thinner than a voxel (and than the object itself) are left out: nobody can see them.
     """
     visible, rows = boxes_in_patch(boxes, start, size)
-    whole = boxes[rows, 3:] - boxes[rows, :3]
+    edges = np.asarray(boxes, dtype=np.float64).reshape(-1, 6)
+    whole = edges[rows, 3:] - edges[rows, :3]
     seen = visible[:, 3:] - visible[:, :3] >= np.minimum(MIN_VISIBLE_VOXELS, whole) - 1e-4
     kept = np.flatnonzero(seen.all(axis=1))
     return visible[kept], rows[kept]
-
-
-def flip_sample(sample: Sample, *, axes: Sequence[int]) -> Sample:
-    """The sample mirrored along spatial `axes` (0 = z): voxels and boxes, exactly."""
-    if not axes:
-        return sample
-    boxes = sample.boxes.copy()
-    for axis in axes:
-        size = sample.image.shape[1 + axis]
-        boxes[:, axis] = size - sample.boxes[:, axis + 3]
-        boxes[:, axis + 3] = size - sample.boxes[:, axis]
-    foreground = sample.foreground
-    return Sample(
-        image=np.flip(sample.image, axis=tuple(1 + axis for axis in axes)),
-        boxes=boxes,
-        labels=sample.labels,
-        foreground=None if foreground is None else np.flip(foreground, axis=tuple(axes)),
-    )
 
 
 def collate(samples: Sequence[Sample]) -> DetectionBatch:

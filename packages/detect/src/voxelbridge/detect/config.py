@@ -1,12 +1,14 @@
 """The configuration of a detector's training: one TOML preset over these typed fields."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from voxelbridge.core.arch.config import cumulative_strides
+from voxelbridge.core.arch.config import EncoderConfig, Triple, cumulative_strides
 from voxelbridge.core.arch.presets import ENCODER_PRESETS
 from voxelbridge.core.config import Config
+from voxelbridge.core.data.augment import SpatialAugmentation
 from voxelbridge.core.train.settings import TrainingSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -42,21 +44,42 @@ class PostProcessing(Config):
     ensemble_iou: Fraction = 0.5  # weighted box clustering between models and mirrored copies
 
 
+class PlannedStages(Config):
+    """Stages of the encoder, finest first, in place of those that the encoder's name stands for."""
+
+    features: tuple[PositiveInt, ...]
+    strides: tuple[Triple, ...]  # z, y, x, relative to the stage before
+    kernels: tuple[Triple, ...]
+
+
 class DetectConfig(TrainingSettings):
-    """Everything a person decides about fine-tuning a detector."""
+    """Everything a person decides about fine-tuning a detector.
+
+    With `architecture = "plan"`, patch size, head levels and stages are those of the store's plan
+    (`build.load_detect_config` fills them in); `encoder` still says which blocks the stages have.
+    """
 
     encoder: Literal["resenc_l", "plain", "resenc_small", "plain_small"]
+    architecture: Literal["preset", "plan"] = "preset"
+    stages: PlannedStages | None = None
     init: Literal["kaiming", "torch_default"] = "torch_default"
     detector: RetinaUNetConfig = RetinaUNetConfig()
     object_fraction: Fraction = 0.5  # of a batch's patches that lie on an object
-    mirror: bool = True
+    augmentation: SpatialAugmentation = SpatialAugmentation()
+    # Voxel labels of cases that have boxes only: none (such batches train without the segmentation
+    # losses), or the ellipsoids inscribed in the boxes.
+    box_masks: Literal["none", "ellipsoid"] = "none"
     validation_batches: Annotated[int, Field(ge=0)] = 0  # fixed patches; 0: no validation
     validate_every_steps: PositiveInt = 2500
     post_processing: PostProcessing = PostProcessing()
 
     @model_validator(mode="after")
     def _fits_the_encoder(self) -> "DetectConfig":
-        strides = cumulative_strides(ENCODER_PRESETS[self.encoder].strides)
+        if (self.architecture == "plan") != (self.stages is not None):
+            raise ValueError(
+                'stages and architecture = "plan" belong together; a store\'s plan gives both'
+            )
+        strides = cumulative_strides(encoder_config(self).strides)
         levels = self.detector.head_levels
         if list(levels) != list(range(levels[0], levels[0] + len(levels))):
             raise ValueError("detector.head_levels must be neighbouring levels, finest first")
@@ -64,10 +87,38 @@ class DetectConfig(TrainingSettings):
             raise ValueError(
                 f"detector.head_levels: {self.encoder} has levels 0..{len(strides) - 1}"
             )
-        for edge, stride in zip(self.patch_size, strides[-1], strict=True):
-            if edge % stride or edge < 2 * stride:
+        total = strides[-1]
+        for edge, stride in zip(self.patch_size, total, strict=True):
+            if edge % stride or (stride > 1 and edge < 2 * stride):
                 raise ValueError(
                     f"patch_size {list(self.patch_size)}: every edge must be a multiple of "
-                    f"{stride} and at least {2 * stride} for the encoder {self.encoder}"
+                    f"{_by(total)} and at least {_by([2 * step for step in total])} for the "
+                    f"encoder {self.encoder}"
                 )
         return self
+
+
+def encoder_config(config: DetectConfig) -> EncoderConfig:
+    """The encoder that the config asks for: its preset, or that with the plan's stages.
+
+    Planned stages beyond those of the preset have as many blocks as its last one.
+    """
+    preset = ENCODER_PRESETS[config.encoder]
+    if config.stages is None:
+        return preset
+    last = len(preset.blocks) - 1
+    return EncoderConfig(
+        kind=preset.kind,
+        features=config.stages.features,
+        strides=config.stages.strides,
+        kernels=config.stages.kernels,
+        blocks=tuple(
+            preset.blocks[min(stage, last)] for stage in range(len(config.stages.features))
+        ),
+        conv_bias=preset.conv_bias,
+    )
+
+
+def _by(edges: Sequence[int]) -> str:
+    """One number where all are equal, else all of them."""
+    return str(edges[0]) if len(set(edges)) == 1 else str(list(edges))

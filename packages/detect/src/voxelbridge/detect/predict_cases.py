@@ -7,7 +7,7 @@ broken image fails its case alone.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxelbridge.core.data.dataset import IMAGE_NAME
 from voxelbridge.core.data.executor import Done, Failed, map_cases
-from voxelbridge.core.data.image_io import READ_ENDINGS, image_ending, read_channels
 from voxelbridge.core.data.preprocess import Preprocessed, crop_mapping, preprocess
 from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import ConfigError, DataError, VoxelbridgeError
@@ -31,22 +29,12 @@ from voxelbridge.detect.evaluate.tables import BoxTable, write_cases, write_pred
 from voxelbridge.detect.outputs import write_case_json, write_overlay, write_slicer_markups
 from voxelbridge.detect.plan import Plan
 from voxelbridge.detect.predict import predict_volume
+from voxelbridge.detect.predict_inputs import ImageCase, find_images
 from voxelbridge.detect.retina_unet import RetinaUNet
 from voxelbridge.detect.train import load_run
 
 MANIFEST_FILE = "manifest.json"
 PREPARED_AHEAD = 1  # cases that wait in memory while the network works
-
-
-@dataclass(frozen=True)
-class ImageCase:
-    """A case to predict: its name and one image file per channel."""
-
-    case_id: str
-    paths: tuple[Path, ...]
-
-    def __str__(self) -> str:
-        return f"case {self.case_id}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +56,20 @@ def predict_cases(
     min_score: float = 0.0,
     max_markups: int = 50,
     pictures: bool = True,
+    allow: Collection[str] = (),
 ) -> None:
     """Predicts every case found in `images` (folders and files) with the ensemble of `runs`.
 
-    Raises DataError at the end if cases failed; the others are written.
+    `allow` downgrades refusals of DICOM series (see `find_series`). Raises DataError at the end
+    if cases failed or series were refused; the others are written.
     """
     detectors, plan = _load_ensemble(runs)
-    cases = find_images(images, num_channels=len(plan.channel_names))
+    wanted = find_images(images, num_channels=len(plan.channel_names), allow=allow)
+    cases = wanted.cases
+    for line in wanted.refused:
+        print(f"error: {line}", file=sys.stderr)
+    if not cases:
+        raise DataError(f"none of {len(wanted.refused)} DICOM series can be read")
     target = choose_device(device)
     for detector, config in detectors:
         place(detector, target, config.precision)
@@ -114,6 +109,7 @@ def predict_cases(
             "class_names": list(plan.class_names),
             "cases": {case.case_id: [str(path) for path in case.paths] for case in cases},
             "failed": failed,
+            "refused": list(wanted.refused),
         },
     )
     if failed:
@@ -121,54 +117,11 @@ def predict_cases(
             f"{len(failed)} of {len(cases)} cases failed ({', '.join(failed[:5])}); "
             f"the other {len(found)} are in {out}"
         )
-
-
-def find_images(images: Sequence[Path], *, num_channels: int) -> list[ImageCase]:
-    """Cases among files and folders: `{case}_0000.nii.gz`, ... per channel.
-
-    For one channel a file without a channel number is a case too. Raises DataError where a
-    channel is missing or two files claim one channel.
-    """
-    channels: dict[str, dict[int, Path]] = {}
-    for path in _image_files(images):
-        stem = path.name[: -len(image_ending(path.name) or "")]
-        parts = IMAGE_NAME.fullmatch(stem)
-        name, channel = (parts["case"], int(parts["channel"])) if parts else (stem, 0)
-        known = channels.setdefault(name, {})
-        if channel in known:
-            raise DataError(f"case {name}: {known[channel]} and {path} are both channel {channel}")
-        known[channel] = path
-    if not channels:
+    if wanted.refused:
         raise DataError(
-            f"{', '.join(str(path) for path in images)}: no image found; "
-            f"readable are {', '.join(READ_ENDINGS)}"
+            f"{len(wanted.refused)} DICOM series or files were refused; "
+            f"the {len(found)} cases that could be read are in {out}"
         )
-    for name, known in channels.items():
-        if sorted(known) != list(range(num_channels)):
-            raise DataError(
-                f"case {name}: channels {sorted(known)}, the model needs {num_channels} "
-                f"(files {name}_0000 to {name}_{num_channels - 1:04d})"
-            )
-    return [
-        ImageCase(name, tuple(known[channel] for channel in range(num_channels)))
-        for name, known in sorted(channels.items())
-    ]
-
-
-def _image_files(images: Sequence[Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in images:
-        if path.is_dir():
-            files += [
-                file
-                for file in sorted(path.iterdir())
-                if image_ending(file.name) and not file.name.startswith(".")
-            ]
-        elif image_ending(path.name):
-            files.append(path)
-        else:
-            raise DataError(f"{path}: not an image; readable are {', '.join(READ_ENDINGS)}")
-    return files
 
 
 def _load_ensemble(runs: Sequence[Path]) -> tuple[list[tuple[RetinaUNet, DetectConfig]], Plan]:
@@ -186,10 +139,14 @@ def _load_ensemble(runs: Sequence[Path]) -> tuple[list[tuple[RetinaUNet, DetectC
 
 def _read_case(plan: Plan, case: ImageCase) -> tuple[NDArray[Any], Preprocessed]:
     """The first channel as stored, for pictures, and what the network sees."""
-    volume = read_channels(case.paths)
+    volume = case.read()
     mapping = crop_mapping(volume)
     prepared = preprocess(
-        volume, mapping, spacing_mm=plan.spacing_mm, normalization=plan.normalization
+        volume,
+        mapping,
+        spacing_mm=plan.spacing_mm,
+        normalization=plan.normalization,
+        resampling=plan.resampling,
     )
     return volume.array[0], prepared
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sklearn.model_selection import KFold
-
 from voxelbridge.core.errors import DataError
 from voxelbridge.core.files import read_json, write_json
 
@@ -22,6 +20,8 @@ def make_splits(case_ids: Sequence[str], groups: Mapping[str, str]) -> list[Spli
     five patients give a fold each; a single patient gives one fold that validates on its own
     training cases, since nothing else is there.
     """
+    from sklearn.model_selection import KFold  # 300 MB of imports, which prepare's workers spare
+
     patient = {case_id: groups.get(case_id, case_id) for case_id in sorted(case_ids)}
     patients = sorted(set(patient.values()))
     if len(patients) < 2:

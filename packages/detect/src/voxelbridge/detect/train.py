@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from voxelbridge.core.checkpoint import read_checkpoint
-from voxelbridge.core.config import Config, load_config, preset_path, validate
+from voxelbridge.core.config import Config, preset_path, validate
+from voxelbridge.core.data.augment import SpatialAugmentation
 from voxelbridge.core.data.batches import step_batches
 from voxelbridge.core.data.case_store import CaseStore
 from voxelbridge.core.errors import CheckpointError, ConfigError
@@ -30,7 +31,12 @@ from voxelbridge.core.train.steps import autocast, move, place
 from voxelbridge.core.transfer import transfer_encoder
 from voxelbridge.detect.anchor_planning import AnchorSizes, plan_anchor_sizes
 from voxelbridge.detect.batches import PatchSampler, case_objects
-from voxelbridge.detect.build import build_criterion, build_detector, head_strides
+from voxelbridge.detect.build import (
+    build_criterion,
+    build_detector,
+    head_strides,
+    load_detect_config,
+)
 from voxelbridge.detect.config import DetectConfig
 from voxelbridge.detect.objective import RetinaObjective
 from voxelbridge.detect.plan import Plan, read_plan, write_plan
@@ -70,9 +76,10 @@ def train(
     tensorboard: bool = False,
 ) -> Path:
     """Trains (or goes on training) the detector of `preset`; returns the run directory."""
-    config = load_config(DetectConfig, preset_path("voxelbridge.detect", preset), overrides).config
+    preset_path("voxelbridge.detect", preset)  # a mistyped name is told before the store is read
     cases = CaseStore.open(store)
     plan = read_plan(store)
+    config = load_detect_config(preset, overrides, plan=plan)
     split = _fold_of(store, fold)
     facts = _detector_facts(config, plan, init=init, stem=stem if init else None)
     with join_world(device) as world, stop_on_signals() as stop:
@@ -174,18 +181,25 @@ def _fold_of(store: Path, fold: int) -> dict[str, list[str]]:
 def _detector_facts(
     config: DetectConfig, plan: Plan, *, init: Path | None, stem: str | None
 ) -> DetectorFacts:
-    import numpy as np
-
-    sizes = np.array(plan.object_sizes, dtype=np.float64).reshape(-1, 3)
     return DetectorFacts(
         in_channels=len(plan.channel_names),
         num_classes=len(plan.class_names),
-        anchor_sizes=plan_anchor_sizes(
-            sizes, head_strides(config), sizes_per_axis=config.detector.sizes_per_axis
-        ),
+        anchor_sizes=_anchor_sizes(config, plan),
         init_checkpoint_sha256=sha256_of(init) if init else None,
         stem=stem,
     )
+
+
+def _anchor_sizes(config: DetectConfig, plan: Plan) -> AnchorSizes:
+    """The plan's anchors where the network has its head levels, else others fitted like them."""
+    strides, count = head_strides(config), config.detector.sizes_per_axis
+    planned = {len(axis) for level in plan.anchor_sizes for axis in level}
+    if strides == plan.head_strides and planned == {count}:
+        return plan.anchor_sizes
+    import numpy as np
+
+    sizes = np.array(plan.object_sizes, dtype=np.float64).reshape(-1, 3)
+    return plan_anchor_sizes(sizes, strides, sizes_per_axis=count)
 
 
 def _transfer(detector: RetinaUNet, init: Path | None, *, stem: str) -> dict[str, Any]:
@@ -214,7 +228,8 @@ def _sampler(
         patch_size=config.patch_size,
         batch_size=patches_per_pass(config, ranks=ranks),
         object_fraction=config.object_fraction,
-        mirror=config.mirror,
+        augmentation=config.augmentation,
+        box_masks=config.box_masks,
     )
 
 
@@ -241,7 +256,7 @@ def _validate(
     """Mean losses over the same patches at every validation, as `val_*`."""
     sampler = _sampler(store, case_ids, config, ranks=1)
     batches = step_batches(
-        replace(sampler, mirror=False),
+        replace(sampler, augmentation=SpatialAugmentation.none()),
         seed=config.seed + VALIDATION_STREAM,
         first_step=0,
         steps=config.validation_batches,

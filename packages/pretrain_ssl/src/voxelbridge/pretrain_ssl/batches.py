@@ -15,9 +15,9 @@ from voxelbridge.core.errors import DataError
 from voxelbridge.core.train.settings import PatchSize
 from voxelbridge.pretrain_ssl.method import Method
 
-MIN_CASES_TO_SPLIT = 10  # fewer cases all train
-CASES_PER_VALIDATION_CASE = 20
-MAX_VALIDATION_CASES = 50
+MIN_PATIENTS_TO_SPLIT = 10  # fewer patients all train
+PATIENTS_PER_VALIDATION_PATIENT = 20
+MAX_VALIDATION_PATIENTS = 50
 _SPLIT_STREAM = 2  # keep the random streams of split and validation apart from training's
 _VALIDATION_STREAM = 3
 
@@ -63,20 +63,25 @@ def validation_batch(sampler: PatchSampler, index: int, *, seed: int) -> dict[st
     return sampler(index, rng)
 
 
-def split_cases(case_ids: Sequence[str], *, seed: int) -> tuple[list[str], list[str]]:
-    """Training and validation cases, both sorted.
+def split_cases(patients: Mapping[str, str], *, seed: int) -> tuple[list[str], list[str]]:
+    """Training and validation cases, both sorted, from the patient of each case.
 
-    One case in 20 validates, at least one and at most 50, drawn by `seed` from the sorted names;
-    with fewer than 10 cases none does. Patients are not known here: two scans of one patient may
-    fall on both sides.
+    One patient in 20 validates with all cases, at least one and at most 50, drawn by `seed` from
+    the sorted names; with fewer than 10 patients none does.
     """
-    names = sorted(case_ids)
-    if len(names) < MIN_CASES_TO_SPLIT:
-        return names, []
-    count = min(MAX_VALIDATION_CASES, max(1, len(names) // CASES_PER_VALIDATION_CASE))
+    names = sorted(set(patients.values()))
+    if len(names) < MIN_PATIENTS_TO_SPLIT:
+        return sorted(patients), []
+    count = min(MAX_VALIDATION_PATIENTS, max(1, len(names) // PATIENTS_PER_VALIDATION_PATIENT))
     rng = np.random.default_rng(np.random.SeedSequence((seed, _SPLIT_STREAM)))
     chosen = {names[index] for index in rng.permutation(len(names))[:count]}
-    return [name for name in names if name not in chosen], sorted(chosen)
+    training = sorted(case for case, patient in patients.items() if patient not in chosen)
+    return training, sorted(case for case, patient in patients.items() if patient in chosen)
+
+
+def patients_of(store: CaseStore) -> dict[str, str]:
+    """The patient of each case of a store; a case whose patient is not known is its own."""
+    return {record.case_id: record.provenance.patient or record.case_id for record in store.cases}
 
 
 def channel_count(store: CaseStore) -> int:

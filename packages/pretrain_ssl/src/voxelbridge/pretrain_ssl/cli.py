@@ -29,6 +29,13 @@ class Plan(StrEnum):
     none = "none"
 
 
+class Frames(StrEnum):
+    """Which volume a time series gives."""
+
+    mean = "mean"
+    first = "first"
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable."),
@@ -38,17 +45,57 @@ Preset = Annotated[str, typer.Argument(help="Shipped preset (mae, mae_small) or 
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Folder of images, or a raw data set.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of images or DICOM series, raw data set, BIDS or CT-RATE tree, or nnssl's "
+            "pretrain_data.json."
+        ),
+    ],
     store: Annotated[Path, typer.Argument(help="Case store to write or to complete.")],
     plan: Annotated[
         Plan, typer.Option(help="fixed: 1 mm; median: the median spacing; none: native grid.")
     ] = Plan.fixed,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one.")] = 2,
+    root: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="What $NAME in a pretrain_data.json stands for."),
+    ] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="Only images of this modality; repeatable.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="DICOM defect to accept; repeatable.")
+    ] = None,
+    frames: Annotated[
+        Frames, typer.Option(help="The volume that a time series of a BIDS tree gives.")
+    ] = Frames.mean,
+    executor: Annotated[str, typer.Option(help="local, or dask:ADDRESS of a scheduler.")] = "local",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
 ) -> None:
     """Bring images into a case store; what is done is skipped."""
+    from voxelbridge.core.data.cluster import open_executor
+    from voxelbridge.pretrain_ssl.prepare import describe_source
     from voxelbridge.pretrain_ssl.prepare import prepare as prepare_store
 
-    report = prepare_store(source, store, plan=plan.value, workers=workers)
+    roots = _roots(root or [])
+    if dry_run:
+        typer.echo(
+            describe_source(
+                source, store, roots=roots, allow=allow or (), frames=frames.value,
+                modalities=modality or (),
+            )
+        )  # fmt: skip
+        return
+    with open_executor(executor) as cluster:
+        report = prepare_store(
+            source, store, plan=plan.value, workers=workers, roots=roots, allow=allow or (),
+            frames=frames.value, modalities=modality or (), executor=cluster,
+        )  # fmt: skip
+    for note in report.notes:
+        typer.echo(f"note: {note}")
     for failure in report.failures:
         typer.echo(f"failed: {failure}", err=True)
     typer.echo(
@@ -108,6 +155,19 @@ def show(preset: Preset, overrides: Overrides = None) -> None:
     typer.echo(
         load_config(PretrainConfig, preset_path(PACKAGE, preset), overrides or ()).describe()
     )
+
+
+def _roots(given: list[str]) -> dict[str, Path]:
+    """NAME=PATH options as a dictionary; a wrong one is a usage error."""
+    from voxelbridge.core.errors import ConfigError
+
+    roots = {}
+    for text in given:
+        name, separator, path = text.partition("=")
+        if not (name and separator and path):
+            raise ConfigError(f"--root {text}: expected NAME=PATH, for instance nnssl_raw=/data")
+        roots[name.lstrip("$")] = Path(path)
+    return roots
 
 
 def main() -> None:

@@ -1,38 +1,46 @@
-"""From a folder of images to a case store for pre-training.
+"""From images of any source to a case store for pre-training.
 
 Per case, as for detection: read, bring to LPS, crop to the box of voxels other than 0, resample,
 z-score over the crop (nnssl resamples last; one order for both keeps the intensities alike). Every
-image file is one case of one channel, the channel files `_0000`, `_0001` of a raw data set as well:
+image is one case of one channel, the channel files `_0000`, `_0001` of a raw data set as well:
 pre-training learns from single images, and a store of several channels comes from
-`vb-detect prepare`.
+`vb-detect prepare`. Masks that a source names are stored by their names, on the image's voxels.
 """
 
 import functools
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from voxelbridge.core.config import Config, differing_keys, validate
 from voxelbridge.core.data.case_store import CaseStoreWriter
 from voxelbridge.core.data.executor import Failed, map_cases
-from voxelbridge.core.data.image_io import image_ending, read_grid, read_image
+from voxelbridge.core.data.image_io import describe_grid, read_image
 from voxelbridge.core.data.mapping import StoredToOriginal
 from voxelbridge.core.data.normalize import ZScore
-from voxelbridge.core.data.preprocess import Preprocessed, crop_mapping, preprocess
-from voxelbridge.core.data.volume import Volume, reorientation_to_lps
+from voxelbridge.core.data.preprocess import (
+    Preprocessed,
+    crop_mapping,
+    labels_to_stored,
+    preprocess,
+)
+from voxelbridge.core.data.provenance import Provenance, content_hashes
+from voxelbridge.core.data.volume import Volume, match_grid, reorientation_to_lps
 from voxelbridge.core.errors import ConfigError, DataError, VoxelbridgeError
 from voxelbridge.core.files import read_json, write_json
+from voxelbridge.pretrain_ssl.sources.bids import Frames
+from voxelbridge.pretrain_ssl.sources.find import find_scans
+from voxelbridge.pretrain_ssl.sources.scan import Scan, Source
 
 FIXED_SPACING_MM = (1.0, 1.0, 1.0)
 PREPARE_FILE = "prepare.json"
-ACCEPTED = (
-    "accepted are a folder of .nii.gz, .nii, .nrrd, .mha or .mhd images (searched with its "
-    "subfolders) and a raw data set with dataset.json and imagesTr"
-)
 
 PlanName = Literal["fixed", "median", "none"]
 Spacing = tuple[float, float, float]  # mm, z y x
@@ -44,18 +52,8 @@ class PrepareSettings(Config):
     plan: PlanName
     spacing_mm: Spacing | None  # None: every case keeps its own
     crop: bool
+    frames: Frames = "mean"  # of time series in a BIDS tree
     normalization: ZScore = ZScore()
-
-
-@dataclass(frozen=True)
-class SourceImage:
-    """One image file and the name of its case."""
-
-    case_id: str
-    path: Path
-
-    def __str__(self) -> str:
-        return f"case {self.case_id} ({self.path})"
 
 
 @dataclass(frozen=True)
@@ -65,73 +63,125 @@ class PrepareReport:
     num_cases: int
     num_skipped: int
     failures: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def prepare(source: Path, store: Path, *, plan: PlanName, workers: int) -> PrepareReport:
+def prepare(
+    source: Path,
+    store: Path,
+    *,
+    plan: PlanName,
+    workers: int,
+    roots: Mapping[str, Path] | None = None,
+    allow: Collection[str] = (),
+    frames: Frames = "mean",
+    modalities: Collection[str] = (),
+    executor: Executor | None = None,
+) -> PrepareReport:
     """Brings all images of `source` into `store`; cases that are already there are skipped.
 
-    A case that fails is reported and left out; the others are stored. Raises DataError when
-    `source` holds no image or none could be stored, and ConfigError when the store was prepared
-    with another plan.
+    `modalities` keeps only images of these (as the source spells them). A case that fails is
+    reported and left out; the others are stored. Raises DataError when `source` holds no image or
+    none could be stored, and ConfigError when the store was prepared with another plan.
     """
-    images = find_images(source)
-    failures: list[str] = []
-    settings = _settings(plan, images, store, failures, workers=workers)
+    found = find_scans(source, roots=roots, allow=allow, frames=frames)
+    scans = chosen_scans(found, modalities)
+    failures = list(found.refused)
+    settings = _settings(plan, frames, scans, store, failures, workers=workers, executor=executor)
     _keep_settings(store, settings)
     writer = CaseStoreWriter(store)
     writer.remove_leftovers()
-    pending = [image for image in images if not writer.is_done(image.case_id)]
+    pending = [scan for scan in scans if not writer.is_done(scan.case_id)]
     task = functools.partial(prepare_case, writer=writer, settings=settings)
-    for outcome in map_cases(task, pending, workers=workers, description="preparing"):
+    stored = {scan.case_id for scan in scans} - {scan.case_id for scan in pending}
+    for outcome in map_cases(
+        task, pending, workers=workers, description="preparing", executor=executor
+    ):
         if isinstance(outcome, Failed):
             failures.append(_one_line(outcome.item, outcome.error))
-    stored = [image.case_id for image in images if writer.is_done(image.case_id)]
+        else:
+            stored.add(outcome.item.case_id)
     if not stored:
-        raise DataError(f"{source}: none of {len(images)} images could be stored; {failures[0]}")
+        raise DataError(
+            f"{source}: none of {len(scans) + len(found.refused)} images could be stored; "
+            f"{failures[0]}"
+        )
     writer.finish()
-    return PrepareReport(len(stored), len(images) - len(pending), tuple(dict.fromkeys(failures)))
+    return PrepareReport(
+        len(stored), len(scans) - len(pending), tuple(dict.fromkeys(failures)), found.notes
+    )
 
 
-def find_images(source: Path) -> list[SourceImage]:
-    """All images of a folder or raw data set, sorted by case; names come from relative paths."""
-    if not source.is_dir():
-        what = "no folder" if source.exists() else "does not exist"
-        raise DataError(f"{source}: {what}; {ACCEPTED}")
-    is_raw = (source / "dataset.json").is_file() and (source / "imagesTr").is_dir()
-    root = source / "imagesTr" if is_raw else source
-    found: dict[str, SourceImage] = {}
-    for path in sorted(root.rglob("*")):
-        ending = image_ending(path.name)
-        if ending is None or path.name.startswith(".") or not path.is_file():
-            continue
-        name = "__".join(path.relative_to(root).parts)[: -len(ending)]
-        if name in found:
-            raise DataError(
-                f"{path}: the same case name {name} as {found[name].path}; rename one of them"
-            )
-        found[name] = SourceImage(name, path)
-    if not found:
-        raise DataError(f"{source}: no image found; {ACCEPTED}")
-    return [found[name] for name in sorted(found)]
+def describe_source(
+    source: Path,
+    store: Path,
+    *,
+    roots: Mapping[str, Path] | None = None,
+    allow: Collection[str] = (),
+    frames: Frames = "mean",
+    modalities: Collection[str] = (),
+) -> str:
+    """What `prepare` would do, from names alone; nothing is written."""
+    found = find_scans(source, roots=roots, allow=allow, frames=frames)
+    scans = chosen_scans(found, modalities)
+    writer = CaseStoreWriter(store)
+    done = sum(writer.is_done(scan.case_id) for scan in scans)
+    patients = len({scan.patient or scan.case_id for scan in scans})
+    kinds = Counter(scan.modality or "unknown" for scan in scans)
+    masks = Counter(name for scan in scans for name in scan.masks)
+    lines = [
+        f"{source}: {found.kind}, {len(scans)} images of {patients} patients",
+        "modalities: " + ", ".join(f"{name} {count}" for name, count in sorted(kinds.items())),
+        *(f"mask {name}: {count} images" for name, count in sorted(masks.items())),
+        f"{store}: {done} are there, {len(scans) - done} would be prepared",
+        *found.notes,
+        *(f"refused: {line}" for line in found.refused),
+    ]
+    return "\n".join(lines)
 
 
-def prepare_case(image: SourceImage, *, writer: CaseStoreWriter, settings: PrepareSettings) -> None:
+def chosen_scans(found: Source, modalities: Collection[str]) -> tuple[Scan, ...]:
+    """The scans of the wanted modalities; all without any. ConfigError when none is left."""
+    if not modalities:
+        return found.scans
+    chosen = tuple(scan for scan in found.scans if scan.modality in modalities)
+    if not chosen:
+        known = sorted({scan.modality or "unknown" for scan in found.scans})
+        raise ConfigError(
+            f"--modality {' '.join(sorted(modalities))}: no image has it; there are "
+            f"{', '.join(known[:10])}"
+        )
+    return chosen
+
+
+def prepare_case(scan: Scan, *, writer: CaseStoreWriter, settings: PrepareSettings) -> None:
     """Reads, preprocesses and stores one image; DataError without naming the case."""
-    volume = read_image(image.path)
+    volume = scan.image.read()
     if not np.isfinite(volume.array).all():
         count = int(np.count_nonzero(~np.isfinite(volume.array)))
         raise DataError(f"{count} voxels are NaN or infinite; correct the image")
     if not volume.array.any():
         raise DataError("all voxels are 0; there is nothing to learn from, remove the image")
+    provenance = Provenance(
+        patient=scan.patient, origin_ids=scan.origin_ids, content_sha256=content_hashes(volume)
+    )
+    masks = {name: _read_mask(path, volume) for name, path in scan.masks.items()}
     prepared = preprocess_image(volume, settings)
     writer.write_case(
-        image.case_id,
+        scan.case_id,
         prepared.image,
         grid=prepared.mapping.stored_grid,
         boxes=np.zeros((0, 6), dtype=np.float32),
         labels=np.zeros(0, dtype=np.int64),
         mapping=prepared.mapping,
-        extra={"normalization": [settings.normalization.model_dump(mode="json")]},
+        masks={name: labels_to_stored(mask, prepared.mapping) for name, mask in masks.items()},
+        provenance=provenance,
+        extra={
+            "normalization": [settings.normalization.model_dump(mode="json")],
+            "dataset": scan.dataset,
+            "scan": scan.scan,
+            "modality": scan.modality,
+        },
     )
 
 
@@ -142,31 +192,51 @@ def preprocess_image(volume: Volume, settings: PrepareSettings) -> Preprocessed:
     return preprocess(volume, mapping, spacing_mm=settings.spacing_mm, normalization=schemes)
 
 
+def _read_mask(path: Path, volume: Volume) -> NDArray[np.uint8]:
+    """A mask (D, H, W) on the image's grid: 1 where the file is above 0."""
+    mask = match_grid(stored := read_image(path), volume.grid)
+    if mask is None:
+        raise DataError(
+            f"{path}: mask grid {describe_grid(stored.grid)} differs from the image's "
+            f"{describe_grid(volume.grid)}; resample the mask or leave it out"
+        )
+    return (mask.array[0] > 0).astype(np.uint8)
+
+
 def _settings(
     plan: PlanName,
-    images: Sequence[SourceImage],
+    frames: Frames,
+    scans: Sequence[Scan],
     store: Path,
     failures: list[str],
     *,
     workers: int,
+    executor: Executor | None,
 ) -> PrepareSettings:
     match plan:
         case "fixed":
-            return PrepareSettings(plan=plan, spacing_mm=FIXED_SPACING_MM, crop=True)
+            return PrepareSettings(plan=plan, spacing_mm=FIXED_SPACING_MM, crop=True, frames=frames)
         case "none":
-            return PrepareSettings(plan=plan, spacing_mm=None, crop=False)
+            return PrepareSettings(plan=plan, spacing_mm=None, crop=False, frames=frames)
         case "median":
             before = _read_settings(store)
             if before is not None and before.plan == plan:
-                return before  # more images may have come since; the stored cases decide
-            spacing = _median_spacing(images, failures, workers=workers)
-            return PrepareSettings(plan=plan, spacing_mm=spacing, crop=True)
+                # More images may have come since; the stored cases decide the spacing.
+                return before.model_copy(update={"frames": frames})
+            spacing = _median_spacing(scans, failures, workers=workers, executor=executor)
+            return PrepareSettings(plan=plan, spacing_mm=spacing, crop=True, frames=frames)
 
 
-def _median_spacing(images: Sequence[SourceImage], failures: list[str], *, workers: int) -> Spacing:
+def _median_spacing(
+    scans: Sequence[Scan], failures: list[str], *, workers: int, executor: Executor | None
+) -> Spacing:
     spacings: list[Spacing] = []
     for outcome in map_cases(
-        _lps_spacing, images, workers=workers, description="reading image headers"
+        _lps_spacing,
+        scans,
+        workers=workers,
+        description="reading image headers",
+        executor=executor,
     ):
         if isinstance(outcome, Failed):
             failures.append(_one_line(outcome.item, outcome.error))
@@ -178,8 +248,8 @@ def _median_spacing(images: Sequence[SourceImage], failures: list[str], *, worke
     return z, y, x
 
 
-def _lps_spacing(image: SourceImage) -> Spacing:
-    grid = read_grid(image.path)
+def _lps_spacing(scan: Scan) -> Spacing:
+    grid = scan.image.read_grid()
     return reorientation_to_lps(grid).apply_grid(grid).spacing_mm
 
 
@@ -207,6 +277,6 @@ def _keep_settings(store: Path, settings: PrepareSettings) -> None:
         raise ConfigError(f"{store}: was prepared otherwise ({keys}); take a new folder")
 
 
-def _one_line(image: SourceImage, error: VoxelbridgeError) -> str:
+def _one_line(scan: Scan, error: VoxelbridgeError) -> str:
     text = " ".join(str(error).split())
-    return text if image.case_id in text else f"case {image.case_id}: {text}"
+    return text if scan.case_id in text else f"case {scan.case_id}: {text}"

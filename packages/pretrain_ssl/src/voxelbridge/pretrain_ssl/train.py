@@ -19,9 +19,10 @@ from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
 from voxelbridge.core.train.steps import autocast, move, place
 from voxelbridge.pretrain_ssl.batches import (
-    MIN_CASES_TO_SPLIT,
+    MIN_PATIENTS_TO_SPLIT,
     PatchSampler,
     channel_count,
+    patients_of,
     split_cases,
     validation_batch,
     validation_sampler,
@@ -48,7 +49,7 @@ def train(
     """
     cases = CaseStore.open(store)
     channels = channel_count(cases)
-    training_cases, validation_cases = split_cases(list_ids(cases), seed=config.seed)
+    training_cases, validation_cases = split_cases(patients_of(cases), seed=config.seed)
     facts = data_facts(cases, store, channels, validation_cases)
     with join_world(device) as world, stop_on_signals() as stop:
         objective = build_objective(config, channels)
@@ -112,11 +113,6 @@ def validate(
     return {"val_loss" if name == "total" else f"val_{name}": v for name, v in means.items()}
 
 
-def list_ids(cases: CaseStore) -> list[str]:
-    """Names of all cases of a store."""
-    return [record.case_id for record in cases.cases]
-
-
 def data_facts(
     cases: CaseStore, store: Path, channels: int, validation_cases: list[str]
 ) -> dict[str, Any]:  # Any: JSON values
@@ -148,4 +144,4 @@ def _describe(
         f"{len(training_cases)} training cases, {world.size} x {world.device.type}"
     )
     if not validation_cases:
-        print(f"no validation: the store has fewer than {MIN_CASES_TO_SPLIT} cases")
+        print(f"no validation: the store has fewer than {MIN_PATIENTS_TO_SPLIT} patients")

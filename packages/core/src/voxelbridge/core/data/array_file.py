@@ -1,23 +1,26 @@
-"""One array in one compressed, chunked file (.b2nd): written once, read in patches."""
+"""The arrays of a case: compressed, chunked files (.b2nd) read in patches, lists of voxels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import blosc2
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from voxelbridge.core.errors import DataError
 
 # 32^3 float32 are 128 KiB, which fits the second-level cache; a chunk of 64^3 keeps the surplus
-# around an unaligned patch small. Of 7 shapes x 6 codecs on resampled CT read in patches of 96^3,
-# LZ4HC 5 reads as fast as LZ4 and packs 10 % tighter; ZSTD packs 10 % tighter still but takes
-# 3 times as long to read. Label maps are almost empty: the fastest ZSTD shrinks them to nothing.
+# around an unaligned patch small. Of LZ4, LZ4HC and ZSTD on resampled CT (docs/preprocessing.md),
+# LZ4 writes 11 times faster than LZ4HC, reads as fast and packs 9 % worse; ZSTD packs best but
+# takes more than twice as long to read, and patches are read far more often than written. Label
+# maps are almost empty: the fastest ZSTD shrinks them to nothing.
 LARGEST_BLOCK = 32  # voxels per axis
 SMALLEST_BLOCK = 4
 BLOCKS_PER_CHUNK = 2  # per axis
-IMAGE_CODEC = (blosc2.Codec.LZ4HC, 5)
+IMAGE_CODEC = (blosc2.Codec.LZ4, 5)
 LABEL_CODEC = (blosc2.Codec.ZSTD, 1)
 ONE_THREAD = {"nthreads": 1}  # a thread pool that was forked away would wait for ever
 READ_OPTIONS: dict[str, Any] = {"mmap_mode": "r", "dparams": ONE_THREAD}  # Any: blosc2's keywords
@@ -107,6 +110,28 @@ def read_padded(
 def read_whole(array: blosc2.NDArray) -> NDArray[Any]:
     """The whole array in memory."""
     return _decode(array, (slice(None),) * array.ndim)
+
+
+def write_locations(path: Path, locations: Mapping[int, NDArray[Any]]) -> None:
+    """Writes voxels (N, 3) per class as safetensors, one int32 tensor per class number."""
+    tensors = {
+        str(label): np.ascontiguousarray(locations[label], dtype=np.int32)
+        for label in sorted(locations)
+    }
+    path.write_bytes(save(tensors))
+
+
+def read_locations(path: Path) -> dict[int, NDArray[np.int32]]:
+    """What `write_locations` wrote; anything else is a DataError."""
+    try:
+        tensors = load_file(path)
+        locations = {int(label): tensors[label] for label in sorted(tensors, key=int)}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); prepare the case again") from error
+    for label, voxels in locations.items():
+        if voxels.dtype != np.int32 or voxels.ndim != 2 or voxels.shape[1] != 3:
+            raise DataError(f"{path}: class {label} holds {voxels.dtype} {voxels.shape}")
+    return locations
 
 
 def _decode(array: blosc2.NDArray, key: tuple[slice, ...]) -> NDArray[Any]:

@@ -2,27 +2,33 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelbridge.core.data.provenance import Provenance
 from voxelbridge.core.errors import DataError
 
 SCHEMA = 1
 INDEX_NAME = "index.jsonl"
 CASES_FOLDER = "cases"
 
-Role = Literal["case", "image", "instances", "segmentation"]
+Role = str  # one of ENDINGS, or MASK_PREFIX and the name of a mask
+MASK_PREFIX = "mask."
+MASK_ROLE = re.compile(r"mask\.[A-Za-z0-9_-]{1,64}")
 ENDINGS: Mapping[Role, str] = {
     "case": ".json",
     "image": ".b2nd",
     "instances": ".instances.b2nd",
     "segmentation": ".segmentation.b2nd",
+    "locations": ".locations.safetensors",
 }
+NO_PROVENANCE = Provenance()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +49,33 @@ class CaseRecord:
     boxes: NDArray[np.float32]  # (N, 6) voxel edges of the stored grid
     labels: NDArray[np.int64]  # (N,) 0-based classes
     files: Mapping[Role, StoredFile]
+    provenance: Provenance = NO_PROVENANCE  # empty where the store was written without
+
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """The names of the case's masks, sorted."""
+        return tuple(
+            sorted(role[len(MASK_PREFIX) :] for role in self.files if role.startswith(MASK_PREFIX))
+        )
+
+
+def file_name(case_id: str, role: Role) -> str:
+    """The name of a file of a case within the cases folder."""
+    return f"{case_id}.{role}.b2nd" if role.startswith(MASK_PREFIX) else case_id + ENDINGS[role]
 
 
 def case_path(root: Path, case_id: str, role: Role) -> Path:
     """Where a file of a case lies in the store at `root`."""
-    return root / CASES_FOLDER / f"{case_id}{ENDINGS[role]}"
+    return root / CASES_FOLDER / file_name(case_id, role)
 
 
-def index_line(root: Path, case_id: str) -> str:
-    """The index line of a complete case, from its JSON file."""
-    path = case_path(root, case_id, "case")
-    raw = path.read_bytes()
-    content = json.loads(raw)
+def index_line(raw: bytes, content: Mapping[str, Any]) -> str:
+    """The index line of a complete case, from its JSON file and what that holds."""
     own = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     keys = ("case_id", "shape", "spacing_mm", "boxes", "labels")
     line = {key: content[key] for key in keys} | {"files": {"case": own, **content["files"]}}
+    if "provenance" in content:
+        line["provenance"] = content["provenance"]
     return json.dumps(line, separators=(",", ":"), allow_nan=False)
 
 
@@ -92,6 +110,8 @@ def read_index(path: Path) -> tuple[list[CaseRecord], str]:
 def _record_from_json(content: dict[str, Any]) -> CaseRecord:
     channels, depth, height, width = content["shape"]
     z, y, x = content["spacing_mm"]
+    if "/" in content["case_id"]:
+        raise ValueError(f"case_id {content['case_id']!r}")  # would lead out of the store
     return CaseRecord(
         content["case_id"],
         (channels, depth, height, width),
@@ -99,13 +119,33 @@ def _record_from_json(content: dict[str, Any]) -> CaseRecord:
         np.array(content["boxes"], dtype=np.float32).reshape(-1, 6),
         np.array(content["labels"], dtype=np.int64),
         files_from_json(content["files"]),
+        provenance_from_json(content["provenance"]) if "provenance" in content else NO_PROVENANCE,
     )
 
 
 def files_from_json(content: Mapping[str, Any]) -> dict[Role, StoredFile]:
-    """The `files` object of a case or an index line."""
+    """The `files` object of a case or an index line; a role of a later version is left out."""
     return {
-        role: StoredFile(int(content[role]["bytes"]), str(content[role]["sha256"]))
-        for role in ENDINGS
-        if role in content
+        role: StoredFile(int(file["bytes"]), str(file["sha256"]))
+        for role, file in content.items()
+        if role in ENDINGS or MASK_ROLE.fullmatch(role)  # nothing that leads out of the store
     }
+
+
+def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
+    """The `provenance` object of a case or an index line: only what is known."""
+    content = {
+        "patient": provenance.patient,
+        "origins": list(provenance.origin_ids),
+        "content_sha256": list(provenance.content_sha256),
+    }
+    return {key: value for key, value in content.items() if value}
+
+
+def provenance_from_json(content: Mapping[str, Any]) -> Provenance:
+    """What `provenance_to_json` gave."""
+    return Provenance(
+        content.get("patient"),
+        tuple(content.get("origins", ())),
+        tuple(content.get("content_sha256", ())),
+    )

@@ -1,7 +1,8 @@
 """The case store: preprocessed cases as compressed arrays and JSON, hashed, read in patches.
 
 Layout (docs/formats/case.md): STORE/index.jsonl and, in STORE/cases/, {case}.json, {case}.b2nd and
-where they exist {case}.instances.b2nd and {case}.segmentation.b2nd.
+where they exist {case}.instances.b2nd, {case}.segmentation.b2nd, {case}.mask.{name}.b2nd and
+{case}.locations.safetensors.
 """
 
 import hashlib
@@ -15,25 +16,36 @@ import blosc2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from voxelbridge.core.data.array_file import open_array, read_padded, read_whole, write_array
+from voxelbridge.core.data.array_file import (
+    open_array,
+    read_locations,
+    read_padded,
+    read_whole,
+    write_array,
+    write_locations,
+)
+from voxelbridge.core.data.case_checks import MASK_NAME, check_arrays, check_boxes, check_case_id
 from voxelbridge.core.data.case_index import (
     CASES_FOLDER,
     ENDINGS,
     INDEX_NAME,
+    MASK_PREFIX,
     SCHEMA,
     CaseRecord,
     Role,
     case_path,
+    file_name,
     files_from_json,
     index_line,
+    provenance_to_json,
     read_index,
 )
 from voxelbridge.core.data.mapping import StoredToOriginal
+from voxelbridge.core.data.provenance import Provenance
 from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import DataError
 from voxelbridge.core.files import atomic_write, read_json, remove_partial_files, sha256_of
 
-BOX_TOLERANCE = 1e-3  # voxels: rounding of float32 edges at the border of the volume
 DEFAULT_PATCH_SIZE = (128, 128, 128)
 
 
@@ -55,18 +67,7 @@ class CaseStoreWriter:
 
     def is_done(self, case_id: str) -> bool:
         """Whether the case is complete on disk: its JSON and files of the sizes that it states."""
-        path = case_path(self.root, case_id, "case")
-        if not path.is_file():
-            return False
-        try:
-            files = files_from_json(read_json(path)["files"])
-        except (DataError, KeyError, TypeError, ValueError):
-            return False  # written by a killed or older program: write it again
-        paths = {role: case_path(self.root, case_id, role) for role in files}
-        return all(
-            paths[role].is_file() and paths[role].stat().st_size == file.num_bytes
-            for role, file in files.items()
-        )
+        return self._line_of(case_id) is not None
 
     def write_case(
         self,
@@ -79,33 +80,31 @@ class CaseStoreWriter:
         mapping: StoredToOriginal | None = None,
         instances: NDArray[Any] | None = None,
         segmentation: NDArray[Any] | None = None,
+        provenance: Provenance | None = None,
+        locations: Mapping[int, NDArray[Any]] | None = None,
+        masks: Mapping[str, NDArray[Any]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes one case: all of it or nothing, the JSON last.
 
         `image` (C, D, H, W), stored as float32; `boxes` (N, 6) in voxel edges of this array;
-        `instances` and `segmentation` (D, H, W), stored as int32. Without `mapping` the stored
-        grid counts as the original. Raises DataError naming the case for NaN or infinite voxels
-        and for boxes that are inverted or outside.
+        `instances` and `segmentation` (D, H, W), stored as int32; `masks` by name (letters, digits,
+        `_` and `-`), (D, H, W), not 0 = inside; `locations` (N, 3) voxels of each class, kept in
+        their order. Without `mapping` the stored grid counts as the original. Raises DataError
+        naming the case for NaN or infinite voxels and for boxes that are inverted or outside.
         """
-        _check_case_id(case_id)
+        check_case_id(case_id)
         mapping = mapping or StoredToOriginal.build(grid)
-        _check_arrays(case_id, image, grid, mapping, instances, segmentation)
-        checked_boxes, checked_labels = _check_boxes(case_id, boxes, labels, grid)
-        arrays: dict[Role, NDArray[Any]] = {"image": image.astype(np.float32, copy=False)}
-        if instances is not None:
-            arrays["instances"] = instances.astype(np.int32, copy=False)
-        if segmentation is not None:
-            arrays["segmentation"] = segmentation.astype(np.int32, copy=False)
-        files: dict[str, dict[str, Any]] = {}
-        for role, array in arrays.items():
-            kind = "image" if role == "image" else "labels"
-            with atomic_write(case_path(self.root, case_id, role)) as temporary:
-                write_array(temporary, array, patch_size=self.patch_size, kind=kind)
-                files[role] = {
-                    "bytes": temporary.stat().st_size,
-                    "sha256": sha256_of(temporary),
-                }
+        maps = _label_maps(case_id, instances, segmentation, masks)
+        check_arrays(case_id, image, grid, mapping=mapping, maps=maps, locations=locations)
+        checked_boxes, checked_labels = check_boxes(case_id, boxes, labels, grid)
+        files = {"image": self._write_file(case_id, "image", image.astype(np.float32, copy=False))}
+        for role, array in maps.items():
+            files[role] = self._write_file(case_id, role, array.astype(_dtype(role), copy=False))
+        if locations is not None:
+            with atomic_write(case_path(self.root, case_id, "locations")) as temporary:
+                write_locations(temporary, locations)
+                files["locations"] = _stamp(temporary)
         content = {
             "schema": SCHEMA,
             "case_id": case_id,
@@ -118,6 +117,8 @@ class CaseStoreWriter:
             "files": files,
             "extra": dict(extra or {}),
         }
+        if provenance is not None:
+            content["provenance"] = provenance_to_json(provenance)
         text = json.dumps(content, allow_nan=False, indent=1) + "\n"
         with atomic_write(case_path(self.root, case_id, "case")) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -131,9 +132,10 @@ class CaseStoreWriter:
         names = sorted(found if only is None else only)
         lines = []
         for name in names:
-            if not self.is_done(name):
+            line = self._line_of(name)
+            if line is None:
                 raise DataError(f"{self.root}: case {name} is not complete; prepare it again")
-            lines.append(index_line(self.root, name))
+            lines.append(line)
         body = "".join(line + "\n" for line in lines).encode()
         header = {
             "schema": SCHEMA,
@@ -149,6 +151,25 @@ class CaseStoreWriter:
         """Deletes half-written files of killed writers; only while no other process writes here."""
         if self._folder.is_dir():
             remove_partial_files(self._folder)
+
+    def _line_of(self, case_id: str) -> str | None:
+        """The index line of a case, or None while it is not complete: one read, one stat a file."""
+        try:
+            raw = case_path(self.root, case_id, "case").read_bytes()
+            content = json.loads(raw)
+            files = files_from_json(content["files"])
+            for role, file in files.items():
+                if case_path(self.root, case_id, role).stat().st_size != file.num_bytes:
+                    return None
+            return index_line(raw, content)
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            return None  # missing, or written by a killed or older program: write it again
+
+    def _write_file(self, case_id: str, role: Role, array: NDArray[Any]) -> dict[str, Any]:
+        kind = "image" if role == "image" else "labels"
+        with atomic_write(case_path(self.root, case_id, role)) as temporary:
+            write_array(temporary, array, patch_size=self.patch_size, kind=kind)
+            return _stamp(temporary)
 
     @property
     def _folder(self) -> Path:
@@ -227,13 +248,31 @@ class CaseStore:
         """The semantic map (*size) of the same voxels as `read_patch`."""
         return read_padded(self._open(case_id, "segmentation"), start, size, pad_value=pad_value)
 
+    def read_mask_patch(
+        self,
+        case_id: str,
+        name: str,
+        start: Sequence[int],
+        size: Sequence[int],
+        *,
+        pad_value: int = 0,
+    ) -> NDArray[np.uint8]:
+        """The mask `name` (*size), 1 = inside, of the same voxels as `read_patch`."""
+        return read_padded(
+            self._open(case_id, MASK_PREFIX + name), start, size, pad_value=pad_value
+        )
+
+    def read_locations(self, case_id: str) -> dict[int, NDArray[np.int32]]:
+        """Voxels (N, 3) of each class of the stored grid, to draw patches around."""
+        return read_locations(self._checked_path(self.record(case_id), "locations"))
+
     def verify(self) -> list[str]:
         """Every file that is missing, changed or unknown to the index, one line each."""
         problems = []
         expected: set[str] = set()
         for record in self.cases:
             for role in record.files:
-                expected.add(record.case_id + ENDINGS[role])
+                expected.add(file_name(record.case_id, role))
                 if problem := self._problem(record, role):
                     problems.append(problem)
         present = {path.name for path in (self.root / CASES_FOLDER).iterdir()}
@@ -248,7 +287,7 @@ class CaseStore:
         path = self._checked_path(record, role)
         if role == "image":
             return open_array(path, shape=record.shape, dtype=np.float32)
-        return open_array(path, shape=record.shape[1:], dtype=np.int32)
+        return open_array(path, shape=record.shape[1:], dtype=_dtype(role))
 
     def _checked_path(self, record: CaseRecord, role: Role) -> Path:
         if role not in record.files:
@@ -275,49 +314,30 @@ class CaseStore:
         return None
 
 
-def _check_case_id(case_id: str) -> None:
-    reserved = tuple(ENDINGS[role].removesuffix(".b2nd") for role in ("instances", "segmentation"))
-    legal = case_id and case_id == Path(case_id).name and not case_id.startswith(".")
-    if not legal or "\0" in case_id or "\n" in case_id or case_id.endswith(reserved):
-        raise DataError(f"case {case_id!r}: not usable as a file name in a case store; rename it")
-
-
-def _check_arrays(
+def _label_maps(
     case_id: str,
-    image: NDArray[Any],
-    grid: Grid,
-    mapping: StoredToOriginal,
     instances: NDArray[Any] | None,
     segmentation: NDArray[Any] | None,
-) -> None:
-    if image.ndim != 4 or image.shape[1:] != grid.shape or mapping.stored_shape != grid.shape:
-        raise ValueError(
-            f"case {case_id}: image {image.shape}, grid {grid.shape}, mapping "
-            f"{mapping.stored_shape} must agree"
-        )
-    for name, array in (("instances", instances), ("segmentation", segmentation)):
-        if array is not None and array.shape != grid.shape:
-            raise ValueError(f"case {case_id}: {name} {array.shape} on grid {grid.shape}")
-    if not np.isfinite(image).all():
-        count = int(np.count_nonzero(~np.isfinite(image)))
-        raise DataError(f"case {case_id}: {count} voxels are NaN or infinite; correct the image")
+    masks: Mapping[str, NDArray[Any]] | None,
+) -> dict[Role, NDArray[Any]]:
+    maps: dict[Role, NDArray[Any]] = {}
+    if instances is not None:
+        maps["instances"] = instances
+    if segmentation is not None:
+        maps["segmentation"] = segmentation
+    for name, mask in (masks or {}).items():
+        if not MASK_NAME.fullmatch(name):
+            raise DataError(
+                f"case {case_id}: mask name {name!r}; use up to 64 letters, digits, '_' and '-'"
+            )
+        maps[MASK_PREFIX + name] = mask != 0
+    return maps
 
 
-def _check_boxes(
-    case_id: str, boxes: ArrayLike, labels: ArrayLike, grid: Grid
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    edges = np.asarray(boxes, dtype=np.float32).reshape(-1, 6)
-    classes = np.asarray(labels, dtype=np.int64).reshape(-1)
-    if len(edges) != len(classes):
-        raise ValueError(f"case {case_id}: {len(edges)} boxes but {len(classes)} labels")
-    low, high = edges[:, :3], edges[:, 3:]
-    wrong = ~(high > low).all(axis=1)  # also True for NaN
-    outside = (low < -BOX_TOLERANCE).any(axis=1)
-    outside |= (high > np.asarray(grid.shape) + BOX_TOLERANCE).any(axis=1)
-    for rows, what in ((wrong, "inverted or empty"), (outside, "outside the image")):
-        if rows.any():
-            box = edges[rows][0].tolist()
-            raise DataError(f"case {case_id}: box {box} is {what} {grid.shape}; correct the label")
-    if (classes < 0).any():
-        raise DataError(f"case {case_id}: class {classes.min()} is negative; classes start at 0")
-    return edges, classes
+def _dtype(role: Role) -> type[np.generic]:
+    return np.uint8 if role.startswith(MASK_PREFIX) else np.int32
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    """What the index says about a file of a case."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

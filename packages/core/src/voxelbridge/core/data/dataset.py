@@ -1,41 +1,52 @@
 """Raw data sets: the folders people already have (nnU-Net's and nnDetection's layouts).
 
-docs/formats/case.md describes what becomes of them. A data set is opened from names alone; the
-files of a case are read, and checked, when the case is read.
+docs/formats/raw_dataset.md says what is legal. A data set is opened from names alone; the files of
+a case are read, and checked, when the case is read.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelbridge.core.data.dataset_description import Description, read_description
+from voxelbridge.core.data.dataset_files import FoundCase, find_cases, named_cases, no_images
+from voxelbridge.core.data.dataset_tables import Fold, read_groups, read_origins, read_splits
 from voxelbridge.core.data.foreground import MIN_OBJECT_VOXELS
-from voxelbridge.core.data.image_io import describe_grid, image_ending, read_channels, read_image
+from voxelbridge.core.data.image_io import describe_grid, read_channels, read_grid, read_image
 from voxelbridge.core.data.raw_objects import (
     RawObjects,
     Thing,
-    few_of,
     instance_classes,
+    no_objects,
     objects_from_boxes,
     objects_from_instances,
     objects_from_semantic,
+)
+from voxelbridge.core.data.raw_problems import (
+    Problem,
+    RawDataError,
+    few_of,
+    grid_differences,
+    problem,
+    same_voxels,
 )
 from voxelbridge.core.data.volume import Grid, Volume, match_grid
 from voxelbridge.core.errors import DataError, VoxelbridgeError
 from voxelbridge.core.files import read_json
 
-IMAGE_NAME = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-
-Json = Any  # a parsed JSON tree
+SPLITS_FILE, GROUPS_FILE, ORIGINS_FILE = "splits.json", "groups.json", "origins.json"
 
 
 @dataclass(frozen=True)
 class RawCase:
-    """One case of a raw data set: where its files are; nothing is read before it is asked for."""
+    """One case of a raw data set: where its files are; nothing is read before it is asked for.
+
+    Its readers raise RawDataError, a DataError that names the case and lists every problem found.
+    """
 
     case_id: str
     image_paths: tuple[Path, ...]  # one per channel
@@ -45,67 +56,132 @@ class RawCase:
     num_classes: int
     min_voxels: int = MIN_OBJECT_VOXELS
     problem: str | None = None  # why its images cannot be read, as far as names tell
+    label_ids: frozenset[int] | None = None  # all values of semantic maps; None: not told
+
+    def __str__(self) -> str:
+        return f"case {self.case_id}"
 
     @property
     def has_labels(self) -> bool:
         return self.label_path is not None or self.objects_path is not None
 
-    def read_image(self) -> Volume:
-        """All channels as (C, D, H, W) on the file's own grid. DataError naming the case."""
-        if self.problem is not None:
-            raise DataError(f"case {self.case_id}: {self.problem}")
+    def read_grid(self) -> Grid:
+        """The grid of the image from the headers of all channels, which must agree."""
         try:
+            return self._read_grid()
+        except VoxelbridgeError as error:
+            raise self._named(error) from error
+
+    def read_image(self) -> Volume:
+        """All channels as (C, D, H, W) on the first file's own grid."""
+        try:
+            self._read_grid()
             return read_channels(self.image_paths)
         except VoxelbridgeError as error:
-            raise DataError(f"case {self.case_id}: {error}") from error
+            raise self._named(error) from error
 
     def read_objects(self, grid: Grid) -> RawObjects:
-        """The objects of the case on the image's `grid`. DataError naming the case."""
+        """The objects of the case on the image's `grid`."""
         try:
             return self._read_objects(grid)
         except VoxelbridgeError as error:
-            raise DataError(f"case {self.case_id}: {error}") from error
+            raise self._named(error) from error
 
-    def read_semantic(self, grid: Grid) -> NDArray[np.int64]:
-        """The label map (D, H, W) as stored, on the image's `grid`. DataError naming the case."""
+    def read_semantic(self, grid: Grid) -> NDArray[np.integer[Any]]:
+        """The label map (D, H, W) as stored, on the image's `grid`."""
         try:
             return self._read_map(grid)
         except VoxelbridgeError as error:
-            raise DataError(f"case {self.case_id}: {error}") from error
+            raise self._named(error) from error
+
+    def _named(self, error: VoxelbridgeError) -> RawDataError:
+        problems = (
+            error.problems
+            if isinstance(error, RawDataError)
+            else (Problem("unreadable", str(error)),)
+        )
+        return RawDataError(f"case {self.case_id}: {error}", problems)
+
+    def _read_grid(self) -> Grid:
+        if self.problem is not None:
+            raise problem("channels", self.problem)
+        grids: list[tuple[Path, Grid]] = []
+        problems: list[Problem] = []
+        for path in self.image_paths:
+            try:
+                grids.append((path, read_grid(path)))
+            except VoxelbridgeError as error:
+                problems.append(Problem("unreadable", str(error)))
+        if not grids:
+            raise RawDataError.of(problems)
+        reference, first = grids[0]
+        problems += [
+            Problem(
+                "grid",
+                f"grid of {path.name} differs from {reference.name}: "
+                f"{'; '.join(grid_differences(grid, first))}; resample the channels to one grid",
+            )
+            for path, grid in grids
+            if not same_voxels(grid, first)
+        ]
+        if problems:
+            raise RawDataError.of(problems)
+        return first
 
     def _read_objects(self, grid: Grid) -> RawObjects:
         if self.objects_path is not None:
-            content = read_json(self.objects_path)
-            if isinstance(content, dict) and "boxes" in content:
-                return objects_from_boxes(content["boxes"], grid, num_classes=self.num_classes)
-            if isinstance(content, dict) and "instances" in content:
-                classes = instance_classes(content["instances"], self.num_classes)
-                return objects_from_instances(self._read_map(grid), classes)
-            raise DataError(f"{self.objects_path.name}: expected a key 'instances' or 'boxes'")
+            return self._read_json(self.objects_path, grid)
         if self.label_path is None:
-            raise DataError("no label: neither a label map nor a JSON file in the labels folder")
-        if not self.things:
-            raise DataError(
-                f"{self.label_path.name} has no JSON file beside it and dataset.json has no "
-                "'things': name there the labels that are objects"
+            raise problem(
+                "missing-label",
+                "no label: neither a label map nor a JSON file in the labels folder",
             )
-        return objects_from_semantic(self._read_map(grid), self.things, self.min_voxels)
+        if not self.things:
+            raise problem(
+                "no-things",
+                f"{self.label_path.name} has no JSON file beside it and dataset.json has no "
+                "'things': name there the labels that are objects",
+            )
+        label_map = self._read_map(grid)
+        return objects_from_semantic(
+            label_map, self.things, self.min_voxels, label_ids=self.label_ids
+        )
 
-    def _read_map(self, grid: Grid) -> NDArray[np.int64]:
-        if self.label_path is None:
-            raise DataError("the label map is missing")
-        volume = read_image(self.label_path)
+    def _read_json(self, path: Path, grid: Grid) -> RawObjects:
+        try:
+            content = read_json(path)
+        except DataError as error:
+            raise problem("label-json", str(error)) from error
+        keys = {"instances", "boxes"} & set(content) if isinstance(content, dict) else set()
+        if len(keys) != 1:
+            both = "both 'instances' and 'boxes'; keep one" if keys else "neither; add one"
+            raise problem(
+                "label-json", f"{path.name}: expected a key 'instances' or 'boxes', got {both}"
+            )
+        if "boxes" in keys:
+            return objects_from_boxes(content["boxes"], grid, num_classes=self.num_classes)
+        classes = instance_classes(content["instances"], self.num_classes)
+        if not classes and self.label_path is None:
+            return no_objects(grid)  # a healthy case needs no map of zeros
+        return objects_from_instances(self._read_map(grid), classes)
+
+    def _read_map(self, grid: Grid) -> NDArray[np.integer[Any]]:
+        path = self.label_path
+        if path is None:
+            raise problem("missing-label", "the label map is missing")
+        if not path.exists():
+            raise problem("missing-label", f"the label map {path} does not exist")
+        volume = read_image(path)
         matched = match_grid(volume, grid)
         if matched is None:
-            raise DataError(
+            raise problem(
+                "grid",
                 f"label grid {describe_grid(volume.grid)} differs from image grid "
-                f"{describe_grid(grid)}; resample the label or fix the file"
+                f"{describe_grid(grid)} ({path.name}: "
+                f"{'; '.join(grid_differences(volume.grid, grid))}); "
+                "resample the label or fix the file",
             )
-        array = matched.array[0]
-        whole = array.astype(np.int64)
-        if array.dtype.kind == "f" and not np.array_equal(whole, array):
-            raise DataError(f"{self.label_path.name}: label values are not whole numbers")
-        return whole
+        return _whole_numbers(path, matched.array[0])
 
 
 @dataclass(frozen=True)
@@ -118,179 +194,95 @@ class RawDataset:
     class_names: tuple[str, ...]  # class k is class_names[k]
     cases: tuple[RawCase, ...]  # imagesTr, sorted by id
     test_cases: tuple[RawCase, ...]  # imagesTs
-    splits: tuple[Mapping[Literal["train", "val"], tuple[str, ...]], ...] | None
+    splits: tuple[Fold, ...] | None
     groups: Mapping[str, str]  # patient of each case; a case that is not listed is its own
+    origins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # "space:name" ids
 
     @classmethod
     def open(cls, folder: Path) -> "RawDataset":
         """Opens a data set folder by its dataset.json and file names; reads no image.
 
-        Raises DataError when dataset.json, splits.json or groups.json cannot be used and when
-        there are no images. What is wrong with one case is told when that case is read.
+        Raises DataError when dataset.json, splits.json, groups.json or origins.json cannot be used
+        and when there are no images. What is wrong with one case is told when that case is read.
         """
-        description = folder / "dataset.json"
-        if not description.is_file():
-            raise DataError(f"{folder}: no dataset.json: not a raw data set")
-        content = read_json(description)
-        if not isinstance(content, dict):
-            raise DataError(f"{description}: expected a JSON object")
-        channels = _channel_names(description, content)
-        things, class_names = _classes(description, content)
+        dataset, problems = cls.survey(folder)
+        if fatal := [item for item in problems if item.kind != "orphan-label"]:
+            raise RawDataError(f"{folder}: {RawDataError.of(fatal)}", fatal)
+        return dataset
+
+    @classmethod
+    def survey(cls, folder: Path) -> "tuple[RawDataset, tuple[Problem, ...]]":
+        """As `open`, but what is wrong with the set as a whole is returned, as far as it goes on.
+
+        Raises DataError when dataset.json or a table beside it cannot be understood at all.
+        """
+        description = read_description(folder)
         images = folder / "raw_splitted" if (folder / "raw_splitted").is_dir() else folder
-        common = {
-            "num_channels": len(channels),
-            "things": things,
-            "num_classes": len(class_names),
-            "ending": content.get("file_ending"),
-            "min_voxels": int(content.get("min_voxels", MIN_OBJECT_VOXELS)),
-        }
-        cases = _find_cases(images / "imagesTr", images / "labelsTr", **common)
-        test_cases = _find_cases(images / "imagesTs", images / "labelsTs", **common)
+        problems: list[Problem] = []
+        if description.files is not None:
+            found = named_cases(description.files, images / "labelsTr", description)
+        else:
+            found, orphans = find_cases(images, "Tr", description)
+            problems += orphans
+        found_test, orphans = find_cases(images, "Ts", description)
+        problems += orphans
+        cases = tuple(_raw_case(case, description) for case in found)
+        test_cases = tuple(_raw_case(case, description) for case in found_test)
         if not cases and not test_cases:
-            raise DataError(f"{images}: no images in imagesTr; expected {{case}}_0000.nii.gz")
-        ids = [case.case_id for case in (*cases, *test_cases)]
-        if twice := sorted({name for name in ids if ids.count(name) > 1}) if _repeats(ids) else []:
-            raise DataError(f"{folder}: cases in imagesTr and in imagesTs: {few_of(twice)}")
-        return cls(
+            raise no_images(images, description)
+        in_training = {case.case_id for case in cases}
+        if twice := sorted(case.case_id for case in test_cases if case.case_id in in_training):
+            message = f"cases in imagesTr and in imagesTs: {few_of(twice)}"
+            problems.append(Problem("duplicate-case", message))
+        known = in_training | {case.case_id for case in test_cases}
+        splits, wrong = read_splits(folder / SPLITS_FILE, in_training)
+        problems += wrong
+        groups, wrong = read_groups(folder / GROUPS_FILE, known)
+        problems += wrong
+        origins, wrong = read_origins(folder / ORIGINS_FILE, known)
+        problems += wrong
+        dataset = cls(
             folder,
-            str(content.get("name", content.get("task", folder.name))),
-            channels,
-            class_names,
+            description.name,
+            description.channel_names,
+            description.class_names,
             cases,
             test_cases,
-            _read_splits(folder / "splits.json", {case.case_id for case in cases}),
-            _read_groups(folder / "groups.json", set(ids)),
+            splits,
+            groups,
+            origins,
         )
+        return dataset, tuple(problems)
 
 
-def _repeats(ids: Sequence[str]) -> bool:
-    return len(set(ids)) < len(ids)
+def _raw_case(found: FoundCase, description: Description) -> RawCase:
+    return RawCase(
+        found.case_id,
+        found.images,
+        found.label,
+        found.objects,
+        description.things,
+        len(description.class_names),
+        description.min_voxels,
+        found.problem,
+        description.label_ids,
+    )
 
 
-def _find_cases(
-    images: Path,
-    labels: Path,
-    *,
-    num_channels: int,
-    things: tuple[Thing, ...],
-    num_classes: int,
-    ending: str | None,
-    min_voxels: int,
-) -> tuple[RawCase, ...]:
-    if not images.is_dir():
-        return ()
-    channels: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted(images.iterdir()):
-        found = _ending_of(path.name, ending)
-        if found is None or path.name.startswith("."):  # macOS leaves ._* files in archives
-            continue
-        parts = IMAGE_NAME.fullmatch(path.name[: -len(found)])
-        if parts is None:
-            raise DataError(f"{path}: no channel number in its name; expected CASE_0000{found}")
-        channels.setdefault(parts["case"], []).append((int(parts["channel"]), path))
-    label_names = {path.name for path in labels.iterdir()} if labels.is_dir() else set()
-    cases = []
-    for case_id, of_case in sorted(channels.items()):
-        of_case.sort()
-        numbers = [number for number, _ in of_case]
-        problem = None
-        if numbers != list(range(num_channels)):
-            problem = (
-                f"channels {numbers} in {images.name}, dataset.json declares "
-                f"{num_channels}; add or remove files"
-            )
-        suffix = _ending_of(of_case[0][1].name, ending)
-        label_path = labels / f"{case_id}{suffix}"
-        objects_path = labels / f"{case_id}.json"
-        cases.append(
-            RawCase(
-                case_id,
-                tuple(path for _, path in of_case),
-                label_path if label_path.name in label_names else None,
-                objects_path if objects_path.name in label_names else None,
-                things,
-                num_classes,
-                min_voxels,
-                problem,
-            )
+def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[np.integer[Any]]:
+    if array.dtype.kind in "iu":
+        return array
+    if array.dtype.kind == "b":
+        return array.astype(np.uint8)
+    wrong = ~np.isfinite(array)
+    wrong |= array != np.rint(array)
+    if count := int(np.count_nonzero(wrong)):
+        first = array[wrong][0]
+        raise problem(
+            "label-values",
+            f"{path.name}: label values are not whole numbers ({count} voxels, such as {first:g}); "
+            "a label map must be resampled with the nearest voxel",
         )
-    return tuple(cases)
-
-
-def _ending_of(name: str, ending: str | None) -> str | None:
-    if ending is None:
-        return image_ending(name)
-    return ending if name.endswith(ending) else None
-
-
-def _channel_names(path: Path, content: Mapping[str, Json]) -> tuple[str, ...]:
-    for key in ("channel_names", "modalities", "modality"):
-        names = content.get(key)
-        if isinstance(names, dict) and names:
-            if set(names) != {str(n) for n in range(len(names))}:
-                raise DataError(f"{path}: keys of '{key}' are {sorted(names)}, expected 0, 1, ...")
-            return tuple(str(names[str(n)]) for n in range(len(names)))
-    raise DataError(f"{path}: no 'channel_names' (nnU-Net) and no 'modalities' (nnDetection)")
-
-
-def _classes(path: Path, content: Mapping[str, Json]) -> tuple[tuple[Thing, ...], tuple[str, ...]]:
-    labels = content.get("labels", {})
-    if not isinstance(labels, dict):
-        raise DataError(f"{path}: 'labels' must be an object")
-    if labels and all(isinstance(name, str) for name in labels.values()):  # nnDetection: id -> name
-        if set(labels) != {str(n) for n in range(len(labels))}:
-            raise DataError(f"{path}: ids in 'labels' are {sorted(labels)}, expected 0, 1, 2, ...")
-        return (), tuple(labels[str(n)] for n in range(len(labels)))
-    ids = {str(name): _label_ids(path, str(name), value) for name, value in labels.items()}
-    foreground = [name for name in ids if name != "ignore" and ids[name] != (0,)]
-    if "things" not in content:
-        return (), tuple(foreground)
-    things: Json = content["things"]
-    if not isinstance(things, list) or not all(isinstance(name, str | int) for name in things):
-        raise DataError(f"{path}: 'things' must be a list of label names, got {things!r}")
-    name_of_id = {of_name[0]: name for name, of_name in ids.items() if len(of_name) == 1}
-    things = [name_of_id.get(name, name) for name in things]  # a thing may be named by its id
-    if unknown := [name for name in things if name not in foreground]:
-        raise DataError(
-            f"{path}: 'things' names {few_of(unknown)}; labels are {few_of(foreground)}"
-        )
-    return tuple(Thing(name, ids[name]) for name in things), tuple(things)
-
-
-def _label_ids(path: Path, name: str, value: Json) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(type(item) is int and item >= 0 for item in values):
-        raise DataError(f"{path}: label {name!r} is {value!r}, expected an id or a list of ids")
-    return tuple(values)
-
-
-def _read_splits(
-    path: Path, known: set[str]
-) -> tuple[Mapping[Literal["train", "val"], tuple[str, ...]], ...] | None:
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    if not isinstance(content, list) or not content:
-        raise DataError(f'{path}: expected a list of {{"train": [...], "val": [...]}}')
-    folds = []
-    for number, fold in enumerate(content):
-        if not isinstance(fold, dict) or not {"train", "val"} <= set(fold):
-            raise DataError(f"{path}: fold {number} needs 'train' and 'val'")
-        train, val = tuple(map(str, fold["train"])), tuple(map(str, fold["val"]))
-        if unknown := sorted({*train, *val} - known):
-            raise DataError(f"{path}: fold {number} names unknown cases: {few_of(unknown)}")
-        if both := sorted(set(train) & set(val)):
-            raise DataError(f"{path}: fold {number} has cases in train and val: {few_of(both)}")
-        folds.append({"train": train, "val": val})
-    return tuple(folds)
-
-
-def _read_groups(path: Path, known: set[str]) -> Mapping[str, str]:
-    if not path.is_file():
-        return {}
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected an object of case -> patient")
-    if unknown := sorted(set(content) - known):
-        raise DataError(f"{path}: names unknown cases: {few_of(unknown)}")
-    return {case: str(patient) for case, patient in content.items()}
+    if np.abs(array).max(initial=0) > np.iinfo(np.int64).max / 2:
+        raise problem("label-values", f"{path.name}: label values are beyond any id")
+    return array.astype(np.int64)

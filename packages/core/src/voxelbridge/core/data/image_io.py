@@ -8,13 +8,16 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 - the name everybody uses
 from numpy.typing import NDArray
 
-from voxelbridge.core.data.payload import check_payload, read_nifti_header, read_nifti_voxels
+from voxelbridge.core.data.nifti import Frames, check_frames, read_nifti_header, read_nifti_voxels
+from voxelbridge.core.data.payload import check_regular_file
+from voxelbridge.core.data.text_headers import read_text_image
 from voxelbridge.core.data.volume import Grid, Volume, match_grid
 from voxelbridge.core.errors import DataError
 from voxelbridge.core.files import atomic_write
 
-READ_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
-WRITE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # .mhd is two files: it cannot be atomic
+READ_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+WRITE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")  # detached: two files, they cannot be atomic
+SHEAR_TOLERANCE = 5e-3  # cosine between two axes that still counts as a right angle
 
 
 def image_ending(name: str) -> str | None:
@@ -23,35 +26,35 @@ def image_ending(name: str) -> str | None:
     return next((ending for ending in READ_ENDINGS if lower.endswith(ending)), None)
 
 
-def read_grid(path: Path) -> Grid:
-    """The grid of an image file, from its header alone."""
+def read_grid(path: Path, *, frames: Frames = "only") -> Grid:
+    """The grid of an image file, from its header and the file's size alone."""
     _check_name(path)
     if _is_nifti(path):
-        read_nifti_header(path)
-    else:
-        check_payload(path)
-    return _grid_of(path, _read_information(path))
+        check_frames(path, read_nifti_header(path), frames)
+        return _nifti_grid(path)
+    grid = read_text_image(path).grid
+    _check_angles(path, grid)
+    return grid
 
 
-def read_image(path: Path) -> Volume:
+def read_image(path: Path, *, frames: Frames = "only") -> Volume:
     """One three-dimensional image as (1, D, H, W) in its stored type and axis order.
 
-    The file is checked whole: payload length against the header, gzip checksum and length; a
-    detached header may only name a file of its own folder. NaN stays NaN. Raises DataError.
+    The file is checked whole: payload length against the header, gzip checksum and length, nothing
+    behind the end; a detached header may only name a file of its own folder. NaN stays NaN. Of a
+    NIfTI file with several frames `frames` takes the first or the mean. Raises DataError.
     """
     _check_name(path)
-    if _is_nifti(path):
-        voxels = read_nifti_voxels(path)
-        grid = _grid_of(path, _read_information(path))
-    else:
-        check_payload(path)
-        reader = _read_information(path)
-        grid = _grid_of(path, reader)
-        try:
-            voxels = sitk.GetArrayFromImage(reader.Execute())
-        except RuntimeError as error:
-            raise DataError(f"{path}: cannot be decoded ({_last_line(error)})") from error
-        voxels = voxels.reshape(grid.shape)
+    try:
+        if _is_nifti(path):
+            voxels = read_nifti_voxels(path, frames=frames)
+            grid = _nifti_grid(path)
+        else:
+            image = read_text_image(path)
+            grid, voxels = image.grid, image.read_voxels()
+            _check_angles(path, grid)
+    except MemoryError as error:
+        raise DataError(f"{path}: its voxels do not fit into memory") from error
     if voxels.shape != grid.shape:
         raise DataError(f"{path}: voxels {voxels.shape} do not fit the header's {grid.shape}")
     return Volume(voxels[None], grid)
@@ -111,43 +114,45 @@ def describe_grid(grid: Grid) -> str:
 def _check_name(path: Path) -> None:
     if image_ending(path.name) is None:
         raise DataError(f"{path}: unknown image format; expected one of {', '.join(READ_ENDINGS)}")
-    if not path.is_file():  # also keeps us from waiting on a pipe
-        state = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path}: {state}")
+    check_regular_file(path)
+
+
+def _check_angles(path: Path, grid: Grid) -> None:
+    cosines = np.abs(grid.directions.T @ grid.directions - np.eye(3))
+    if cosines.max() > SHEAR_TOLERANCE:
+        raise DataError(
+            f"{path}: sheared: its axes are not at right angles (cosine {cosines.max():.3g}); "
+            "resample it to an orthogonal grid"
+        )
 
 
 def _is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def _read_information(path: Path) -> sitk.ImageFileReader:
+def _nifti_grid(path: Path) -> Grid:
+    """The grid by SimpleITK, whose choice between qform and sform everybody is used to."""
     sitk.ProcessObject.GlobalWarningDisplayOff()  # our errors say it in one line
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    reader.SetImageIO("NiftiImageIO")
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise DataError(f"{path}: header cannot be read ({_last_line(error)})") from error
-    if reader.GetNumberOfComponents() != 1:
-        raise DataError(f"{path}: {reader.GetNumberOfComponents()} values per voxel, expected 1")
-    return reader
-
-
-def _grid_of(path: Path, reader: sitk.ImageFileReader) -> Grid:
     dimension = reader.GetDimension()
-    size = reader.GetSize()
-    if dimension < 3 or any(n != 1 for n in size[3:]):
-        raise DataError(f"{path}: {dimension}-dimensional image {size}; expected three dimensions")
     directions = np.array(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
     try:
-        return Grid.from_parts(
-            size[2::-1],
+        grid = Grid.from_parts(
+            reader.GetSize()[2::-1],
             reader.GetSpacing()[2::-1],
             directions=directions[:, ::-1] + 0.0,  # + 0.0 turns -0.0 into 0.0
             origin_mm=reader.GetOrigin()[:3],
         )
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
+    _check_angles(path, grid)
+    return grid
 
 
 def _storable(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,5 +1,6 @@
 """Intensity normalisation: z-score per image, or clipping and scaling with data set statistics."""
 
+import math
 from typing import Annotated, Any, Literal, assert_never
 
 import numpy as np
@@ -39,20 +40,36 @@ Normalization = Annotated[ZScore | CTPercentile, Field(discriminator="name")]
 
 def normalize(array: NDArray[Any], scheme: ZScore | CTPercentile) -> NDArray[np.float32]:
     """(D, H, W) of any real type -> normalised float32, a new array. NaN, infinity: DataError."""
+    require_finite(array)
     image = array.astype(np.float32)
-    if not np.isfinite(image).all():
-        count = int(np.count_nonzero(~np.isfinite(image)))
-        raise DataError(f"{count} voxels are NaN or infinite; correct the image before normalising")
+    normalize_in_place(image, scheme)
+    return image
+
+
+def normalize_in_place(image: NDArray[np.float32], scheme: ZScore | CTPercentile) -> None:
+    """Normalises finite (D, H, W) where it is, slice by slice: no second volume is needed."""
     match scheme:
         case ZScore():
-            return _zscore(image, nonzero_only=scheme.nonzero_only)
+            _zscore(image, nonzero_only=scheme.nonzero_only)
         case CTPercentile():
-            np.clip(image, scheme.lower, scheme.upper, out=image)
-            image -= np.float32(scheme.mean)
-            image /= np.float32(max(scheme.std, MIN_STD))
-            return image
+            mean, std = np.float32(scheme.mean), np.float32(max(scheme.std, MIN_STD))
+            for plane in image:
+                np.clip(plane, scheme.lower, scheme.upper, out=plane)
+                plane -= mean
+                plane /= std
         case _:
             assert_never(scheme)
+
+
+def require_finite(array: NDArray[Any]) -> None:
+    """Raises DataError with the number of voxels that are NaN, infinite or beyond float32."""
+    if array.dtype.kind != "f" or array.size == 0:
+        return
+    limit = np.finfo(np.float32).max
+    if -limit <= array.min() and array.max() <= limit:  # NaN is in no range
+        return
+    count = array.size - int(np.count_nonzero(np.abs(array) <= limit))
+    raise DataError(f"{count} voxels are NaN or infinite; correct the image before normalising")
 
 
 def fit_ct(samples: NDArray[Any]) -> CTPercentile:
@@ -69,15 +86,22 @@ def fit_ct(samples: NDArray[Any]) -> CTPercentile:
     )
 
 
-def _zscore(image: NDArray[np.float32], *, nonzero_only: bool) -> NDArray[np.float32]:
-    mask = image != 0 if nonzero_only else None
-    values = image if mask is None else image[mask]
-    if values.size == 0:
-        return image
-    mean = values.mean(dtype=np.float64)
-    std = max(float(values.std(dtype=np.float64)), MIN_STD)
-    image -= np.float32(mean)
-    image /= np.float32(std)
-    if mask is not None:
-        image[~mask] = 0.0
-    return image
+def _zscore(image: NDArray[np.float32], *, nonzero_only: bool) -> None:
+    # Sums in float64, slice by slice: the deviations of a whole volume would be twice its size.
+    count, total = 0, 0.0
+    for plane in image:
+        count += int(np.count_nonzero(plane)) if nonzero_only else plane.size
+        total += float(plane.sum(dtype=np.float64))  # voxels of 0 add nothing
+    if count == 0:
+        return
+    mean, squares = total / count, 0.0
+    for plane in image:
+        deviations = (plane[plane != 0] if nonzero_only else plane).astype(np.float64) - mean
+        squares += float(np.square(deviations, out=deviations).sum())
+    std = np.float32(max(math.sqrt(squares / count), MIN_STD))
+    for plane in image:
+        background = plane == 0 if nonzero_only else None
+        plane -= np.float32(mean)
+        plane /= std
+        if background is not None:
+            plane[background] = 0.0

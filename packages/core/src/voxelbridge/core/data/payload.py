@@ -1,310 +1,183 @@
-"""What must hold before the voxels of an image file are believed: lengths, checksums, own folder.
+"""The voxels of an image file as bytes: of the declared length, undamaged, from its own folder.
 
-SimpleITK fills a truncated NIfTI file with zeros without a word, ignores gzip checksums, turns NaN
-in NIfTI into 0 and lets a detached header name any file of the machine. Hence the NIfTI voxels are
-decoded here (one decompression, checked to the last byte), and NRRD and MetaImage payloads are
-checked here before SimpleITK reads them.
+SimpleITK fills a truncated NIfTI file with zeros without a word, ignores gzip checksums, crashes on
+strange headers and lets a detached header name any file of the machine. Hence voxels are unpacked
+here, in one pass, and every byte is accounted for: too few, too many, a wrong checksum or anything
+behind the end is a DataError.
 """
 
-import gzip
-import math
-import struct
+import os
+import stat
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import BinaryIO, Literal
 
 from voxelbridge.core.errors import DataError
 
-NIFTI_DTYPES = {
-    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8",
-    256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
-}  # fmt: skip
-NRRD_ITEM_BYTES = {
-    1: ("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t"),
-    2: ("short", "short int", "signed short", "signed short int", "int16", "int16_t", "ushort",
-        "unsigned short", "unsigned short int", "uint16", "uint16_t"),
-    4: ("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t",
-        "float"),
-    8: ("longlong", "long long", "long long int", "signed long long", "signed long long int",
-        "int64", "int64_t", "ulonglong", "unsigned long long", "unsigned long long int", "uint64",
-        "uint64_t", "double"),
-}  # fmt: skip
-META_ITEM_BYTES = {
-    "MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_UINT": 4,
-    "MET_LONG": 4, "MET_ULONG": 4, "MET_LONG_LONG": 8, "MET_ULONG_LONG": 8, "MET_FLOAT": 4,
-    "MET_DOUBLE": 8,
-}  # fmt: skip
+Compression = Literal["none", "gzip", "zlib"]
+
 MAX_DEFLATE_RATIO = 1032  # the largest expansion that deflate can reach, bytes out per byte in
-HEADER_LIMIT = 1 << 20  # bytes: no text header of a single image is longer
-CHUNK = 1 << 20  # bytes read at once while a checksum is followed
+READ_BYTES = 1 << 18  # compressed bytes taken from the file at once
+PIECE_BYTES = 1 << 22  # at most so many come out at once: a bomb fills nothing
+GZIP_MAGIC = b"\x1f\x8b"
 
 
-@dataclass(frozen=True)
-class NiftiHeader:
-    """The part of a NIfTI-1 or -2 header that decides where and how the voxels are stored."""
+class PayloadReader:
+    """Reads the bytes of one payload in order, unpacking them; `finish` checks its end."""
 
-    shape: tuple[int, int, int]  # (z, y, x)
-    dtype: np.dtype[Any]
-    offset: int  # bytes from the file's (decompressed) beginning to the first voxel
-    slope: float
-    intercept: float
+    def __init__(self, path: Path, stream: BinaryIO, *, compression: Compression) -> None:
+        self._path = path  # the image that errors name
+        self._stream = stream
+        self._compression: Compression = compression
+        self._decoder = _decoder(compression)
+        self._packed = b""  # read ahead from the file
+        self._piece = memoryview(b"")  # unpacked, not yet handed out
 
-    @property
-    def payload_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def fill(self, target: memoryview) -> int:
+        """Fills `target` as far as the payload goes; returns the number of bytes."""
+        done = 0
+        while done < len(target):
+            if self._compression == "none":
+                count = self._stream.readinto(target[done:])  # type: ignore[attr-defined]  # of open()
+                if not count:
+                    break
+                done += count
+                continue
+            if not self._piece:
+                self._piece = memoryview(self._next_piece())
+                if not self._piece:
+                    break
+            part = self._piece[: len(target) - done]
+            target[done : done + len(part)] = part
+            self._piece = self._piece[len(part) :]
+            done += len(part)
+        return done
 
+    def skip(self, count: int) -> None:
+        """Passes over `count` bytes."""
+        while count and (done := self.fill(memoryview(bytearray(min(count, PIECE_BYTES))))):
+            count -= done
+        if count:
+            raise DataError(f"{self._path}: truncated: it ends before its voxels begin")
 
-def read_nifti_header(path: Path) -> NiftiHeader:
-    """Parses and checks the header of a single-file NIfTI image (.nii, .nii.gz) of one channel."""
-    with _open_nifti(path) as stream:
-        header = _parse_nifti(path, _read(path, stream, 540))
-    size = path.stat().st_size
-    possible = size * MAX_DEFLATE_RATIO if _is_gzip(path) else size
-    if header.offset + header.payload_bytes > possible:
-        raise DataError(
-            f"{path}: truncated: the header declares {header.payload_bytes} bytes of voxels, a "
-            f"file of {size} bytes cannot hold them; copy the file again"
-        )
-    return header
+    def finish(self) -> None:
+        """Checks that nothing follows, and the checksum and length at the end of a packed file."""
+        if self.fill(memoryview(bytearray(1))):
+            raise DataError(
+                f"{self._path}: more bytes of voxels than its header declares; sizes, type or file "
+                "are wrong: save the image again"
+            )
 
-
-def read_nifti_voxels(path: Path) -> NDArray[Any]:
-    """The voxels (D, H, W) of a NIfTI file with slope and intercept applied; NaN stays NaN.
-
-    Every byte is accounted for: a short payload, a wrong gzip checksum or length is a DataError.
-    """
-    header = read_nifti_header(path)
-    buffer = bytearray(header.payload_bytes)
-    with _open_nifti(path) as stream:
-        _read(path, stream, header.offset)
-        done = _fill(path, stream, memoryview(buffer))
-        if done < len(buffer):
-            raise _truncated(path, done, len(buffer))
-        _drain(path, stream, limit=len(buffer) + CHUNK)  # the gzip checksum comes last
-    stored = np.frombuffer(buffer, dtype=header.dtype).reshape(header.shape)
-    voxels = stored.astype(header.dtype.newbyteorder("="), copy=False)
-    if header.slope == 1.0 and header.intercept == 0.0:
-        return voxels
-    wide = np.float64 if voxels.dtype == np.float64 else np.float32
-    return voxels.astype(wide) * wide(header.slope) + wide(header.intercept)
-
-
-def check_payload(path: Path) -> None:
-    """Refuses an NRRD or MetaImage file whose voxels are missing, damaged or in another folder."""
-    match path.suffix.lower():
-        case ".nrrd":
-            _check_nrrd(path)
-        case ".mha" | ".mhd":
-            _check_meta_image(path)
-        case suffix:
-            raise ValueError(f"no payload check for {suffix}")
-
-
-def _parse_nifti(path: Path, raw: bytes) -> NiftiHeader:
-    size_little, size_big = (struct.unpack(f"{order}i", raw[:4])[0] for order in "<>")
-    order = "<" if size_little in (348, 540) else ">"
-    match size_little if order == "<" else size_big:
-        case 348:
-            dims = struct.unpack(f"{order}8h", raw[40:56])
-            (code,) = struct.unpack(f"{order}h", raw[70:72])
-            pixdim = struct.unpack(f"{order}8f", raw[76:108])
-            offset, slope, intercept = struct.unpack(f"{order}3f", raw[108:120])
-            magic, first = raw[344:347], 352
-        case 540:
-            magic, first = raw[4:7], 544
-            (code,) = struct.unpack(f"{order}h", raw[12:14])
-            dims = struct.unpack(f"{order}8q", raw[16:80])
-            pixdim = struct.unpack(f"{order}8d", raw[104:168])
-            (offset,) = struct.unpack(f"{order}q", raw[168:176])
-            slope, intercept = struct.unpack(f"{order}2d", raw[176:192])
-        case _:
-            raise DataError(f"{path}: not a NIfTI file (its header size is neither 348 nor 540)")
-    if magic not in (b"n+1", b"n+2"):
-        raise DataError(f"{path}: not a single-file NIfTI image (magic {magic!r})")
-    if code not in NIFTI_DTYPES:
-        raise DataError(f"{path}: NIfTI data type {code} is not a real scalar; convert the file")
-    if not (math.isfinite(offset) and first <= offset < HEADER_LIMIT * 64):
-        raise DataError(f"{path}: NIfTI vox_offset is {offset}, expected at least {first}")
-    if not math.isfinite(slope) or slope == 0.0:  # both mean "not scaled" (NIfTI-1, nibabel)
-        slope, intercept = 1.0, 0.0
-    intercept = intercept if math.isfinite(intercept) else 0.0
-    shape = _nifti_shape(path, dims, pixdim)
-    return NiftiHeader(shape, np.dtype(order + NIFTI_DTYPES[code]), int(offset), slope, intercept)
-
-
-def _nifti_shape(
-    path: Path, dims: tuple[int, ...], pixdim: tuple[float, ...]
-) -> tuple[int, int, int]:
-    if not 3 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise DataError(f"{path}: NIfTI dimensions {list(dims)}, expected three positive sizes")
-    if math.prod(dims[4 : dims[0] + 1]) != 1:
-        raise DataError(
-            f"{path}: {dims[0]}-dimensional NIfTI image {list(dims[1 : dims[0] + 1])}; split it "
-            "into one three-dimensional file per channel"
-        )
-    if not all(math.isfinite(step) and step > 0 for step in pixdim[1:4]):
-        raise DataError(f"{path}: NIfTI spacing {list(pixdim[1:4])}, expected positive mm")
-    return dims[3], dims[2], dims[1]
-
-
-def _check_nrrd(path: Path) -> None:
-    with path.open("rb") as stream:
-        head = stream.read(HEADER_LIMIT)
-    if not head.startswith(b"NRRD"):
-        raise DataError(f"{path}: not an NRRD file")
-    ends = [at + len(mark) for mark in (b"\n\n", b"\r\n\r\n") if (at := head.find(mark)) >= 0]
-    end = min(ends, default=len(head))
-    fields: dict[str, str] = {}
-    for line in head[:end].decode("latin-1").splitlines():
-        key, separator, value = line.partition(":")
-        if separator and not line.startswith("#") and not value.startswith("="):
-            fields.setdefault(key.strip().lower(), value.strip())
-    detached = fields.get("data file", fields.get("datafile"))
-    if detached is None and not ends:
-        raise DataError(f"{path}: truncated: the NRRD header does not end")
-    payload = path if detached is None else _own_folder(path, detached)
-    if fields.get("byte skip", "0") != "0" or fields.get("line skip", "0") != "0":
-        raise DataError(f"{path}: NRRD with 'byte skip' or 'line skip'; save the file again")
-    item = next((n for n, names in NRRD_ITEM_BYTES.items() if fields.get("type") in names), None)
-    sizes = _integers(path, "sizes", fields.get("sizes", ""))
-    if item is None or not 3 <= len(sizes) <= 4:
-        raise DataError(f"{path}: NRRD type {fields.get('type')!r} of sizes {sizes}; expected 3-D")
-    expected = math.prod(sizes) * item
-    offset = end if detached is None else 0
-    match fields.get("encoding", "").lower():
-        case "raw":
-            _check_length(path, payload.stat().st_size - offset, expected)
-        case "gzip" | "gz":
-            _check_compressed(path, payload, offset, expected, wbits=31)
-        case other:
-            raise DataError(f"{path}: NRRD encoding {other!r}, expected raw or gzip")
-
-
-def _check_meta_image(path: Path) -> None:
-    with path.open("rb") as stream:
-        head = stream.read(HEADER_LIMIT)
-    fields: dict[str, str] = {}
-    end = 0
-    while end < len(head) and "ElementDataFile" not in fields:
-        stop = head.find(b"\n", end)
-        stop = len(head) if stop < 0 else stop + 1
-        key, separator, value = head[end:stop].decode("latin-1").partition("=")
-        if not separator:
-            raise DataError(f"{path}: not a MetaImage file (a header line without '=')")
-        fields[key.strip()] = value.strip()
-        end = stop
-    if "ElementDataFile" not in fields or "ElementType" not in fields:
-        raise DataError(f"{path}: not a MetaImage file (ElementType or ElementDataFile missing)")
-    sizes = _integers(path, "DimSize", fields.get("DimSize", ""))
-    if fields.get("NDims") != "3" or len(sizes) != 3 or min(sizes) < 1:
-        raise DataError(f"{path}: MetaImage NDims {fields.get('NDims')}, sizes {sizes}; expected 3")
-    if fields["ElementType"] not in META_ITEM_BYTES:
-        raise DataError(f"{path}: MetaImage type {fields['ElementType']} is not a real scalar")
-    if fields.get("HeaderSize", "0") not in ("0", "-1"):
-        raise DataError(f"{path}: MetaImage with HeaderSize; save the file again")
-    named = fields["ElementDataFile"]
-    payload = path if named.upper() == "LOCAL" else _own_folder(path, named)
-    offset = end if payload is path else 0
-    expected = math.prod(sizes) * META_ITEM_BYTES[fields["ElementType"]]
-    expected *= int(fields.get("ElementNumberOfChannels", "1"))
-    if fields.get("CompressedData", "False").lower() in ("true", "1"):
-        _check_compressed(path, payload, offset, expected, wbits=47)  # zlib or gzip, by its header
-    else:
-        _check_length(path, payload.stat().st_size - offset, expected)
-
-
-def _own_folder(header: Path, name: str) -> Path:
-    # Headers name files; a strange one must not make us read elsewhere, also not through a link.
-    payload = header.parent / name
-    plain = name and Path(name).name == name and not name.upper().startswith("LIST")
-    if not plain or "%" in name or not payload.is_file():
-        raise DataError(
-            f"{header}: its voxels are in {name!r}; expected one existing file in the same folder"
-        )
-    if payload.resolve().parent not in (header.resolve().parent, header.parent.resolve()):
-        raise DataError(f"{header}: {name!r} links to another folder; copy the file beside it")
-    return payload
-
-
-def _integers(path: Path, key: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split()]
-    except ValueError:
-        raise DataError(f"{path}: {key} is {text!r}, expected integers") from None
-
-
-def _check_length(path: Path, got: int, expected: int) -> None:
-    if got < expected:
-        raise _truncated(path, max(got, 0), expected)
-
-
-def _check_compressed(path: Path, payload: Path, offset: int, expected: int, *, wbits: int) -> None:
-    decoder = zlib.decompressobj(wbits)
-    got = 0
-    with payload.open("rb") as stream:
-        stream.seek(offset)
+    def _next_piece(self) -> bytes:
+        """The next unpacked bytes; nothing only at the proper end of the last member."""
         try:
-            while not decoder.eof and (piece := stream.read(CHUNK // 16)):
-                got += len(decoder.decompress(piece))
-                if got > 2 * expected + CHUNK:
-                    raise DataError(f"{path}: more voxels than its header declares ({expected})")
+            while True:
+                if self._decoder.eof:
+                    if not self._begin_member():
+                        return b""
+                    continue
+                packed = self._packed or self._decoder.unconsumed_tail
+                packed = packed or self._stream.read(READ_BYTES)
+                self._packed = b""
+                piece = self._decoder.decompress(packed, PIECE_BYTES)
+                if piece:
+                    return piece
+                if not packed and not self._decoder.eof:
+                    raise DataError(
+                        f"{self._path}: truncated: the compressed voxels end too early; copy the "
+                        "file again"
+                    )
         except zlib.error as error:
-            raise DataError(f"{path}: damaged voxels ({error}); copy the file again") from error
-    if got < expected or not decoder.eof:
-        raise _truncated(path, got, expected)
+            raise DataError(
+                f"{self._path}: damaged compressed voxels ({error}); copy the file again"
+            ) from error
+
+    def _begin_member(self) -> bool:
+        """Begins the next gzip member behind the last one; zeros may pad the end of the file."""
+        rest = self._decoder.unused_data
+        while not rest.strip(b"\0"):
+            more = self._stream.read(READ_BYTES)
+            if not more:
+                return False
+            rest = more
+        if self._compression == "gzip" and len(rest) < 2:
+            rest += self._stream.read(READ_BYTES)
+        if self._compression != "gzip" or not rest.startswith(GZIP_MAGIC):
+            raise DataError(
+                f"{self._path}: foreign bytes behind the compressed voxels; copy the file again"
+            )
+        self._decoder = _decoder("gzip")
+        self._packed = rest
+        return True
 
 
-def _truncated(path: Path, got: int, expected: int) -> DataError:
+def check_size(path: Path, available: int, expected: int, *, compression: Compression) -> None:
+    """Refuses `expected` bytes of voxels that `available` bytes of file cannot or do not hold."""
+    if compression == "none" and available > expected:
+        raise DataError(
+            f"{path}: {available} bytes of voxels, the header declares {expected}; sizes, type or "
+            "file are wrong: save the image again"
+        )
+    possible = available if compression == "none" else available * MAX_DEFLATE_RATIO
+    if expected > possible:
+        packed = "" if compression == "none" else " packed"
+        raise DataError(
+            f"{path}: truncated: the header declares {expected} bytes of voxels, "
+            f"{max(available, 0)}{packed} bytes cannot hold them; copy the file again"
+        )
+
+
+@contextmanager
+def open_payload(
+    path: Path, payload: Path, *, offset: int, compression: Compression
+) -> Iterator[PayloadReader]:
+    """The bytes of the file `payload` from `offset` on, unpacked; errors name the image `path`."""
+    try:
+        with payload.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            yield PayloadReader(path, stream, compression=compression)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def truncated(path: Path, got: int, expected: int) -> DataError:
+    """The error for a payload that ends too early."""
     return DataError(
         f"{path}: truncated: {got} bytes of voxels, the header declares {expected}; "
         "copy the file again"
     )
 
 
-def _is_gzip(path: Path) -> bool:
-    return path.name.lower().endswith(".gz")
+def payload_in_own_folder(header: Path, name: str) -> Path:
+    """The file that a detached header names, which must lie beside it, also behind links."""
+    payload = header.parent / name
+    plain = name and Path(name).name == name and not name.upper().startswith("LIST")
+    if not plain or "%" in name or "\0" in name or not payload.is_file():
+        raise DataError(
+            f"{header}: its voxels are in {name!r}; expected one existing file in the same folder"
+        )
+    real = payload.resolve()
+    if real.parent not in (header.resolve().parent, header.parent.resolve()):
+        raise DataError(f"{header}: {name!r} links to another folder; copy the file beside it")
+    if real == header.resolve():
+        raise DataError(f"{header}: names itself as the file of its voxels; save the image again")
+    return payload
 
 
-def _open_nifti(path: Path) -> BinaryIO:
-    # typeshed gives GzipFile no common base with open()'s result; both are binary readers
-    return gzip.open(path, "rb") if _is_gzip(path) else path.open("rb")  # type: ignore[return-value]
-
-
-def _read(path: Path, stream: BinaryIO, count: int) -> bytes:
-    buffer = bytearray(count)
-    done = _fill(path, stream, memoryview(buffer))
-    if done < min(count, 352):
-        raise DataError(f"{path}: truncated: it ends within the NIfTI header")
-    return bytes(buffer)
-
-
-def _fill(path: Path, stream: BinaryIO, target: memoryview) -> int:
-    done = 0
+def check_regular_file(path: Path) -> int:
+    """The size of a file; DataError for what is none: a folder, a pipe, a device, a link loop."""
     try:
-        while done < len(target):
-            count = stream.readinto(target[done : done + CHUNK])  # type: ignore[attr-defined]
-            if not count:
-                break
-            done += count
-    except (EOFError, OSError, zlib.error) as error:  # BadGzipFile is an OSError
-        raise _damaged(path, error) from error
-    return done
+        found = os.stat(path)  # noqa: PTH116 - Path.stat differs between versions on link loops
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = "does not exist" if missing else f"cannot be read ({error})"
+        raise DataError(f"{path}: {reason}") from error
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+        raise DataError(f"{path}: is not a file")
+    return found.st_size
 
 
-def _drain(path: Path, stream: BinaryIO, *, limit: int) -> None:
-    rest = 0
-    try:
-        while piece := stream.read(CHUNK):
-            rest += len(piece)
-            if rest > limit:
-                raise DataError(f"{path}: holds far more bytes than its header declares")
-    except (EOFError, OSError, zlib.error) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: truncated or damaged ({error}); copy the file again")
+def _decoder(compression: Compression) -> "zlib._Decompress":
+    return zlib.decompressobj(31 if compression == "gzip" else 47)  # 47: zlib or gzip, by header

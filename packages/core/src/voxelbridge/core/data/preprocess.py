@@ -1,7 +1,9 @@
 """From a read volume to what networks see: LPS order, crop, one spacing, normalised intensities.
 
 The order is nnDetection's: crop to non-zero voxels, resample, then normalise. Training and
-prediction call the same functions, so that both see the same numbers.
+prediction call the same functions, so that both see the same numbers. The image keeps its stored
+type until it is resampled and is then normalised where it lies: beside the file's voxels and the
+result there is at most one half-resampled volume.
 """
 
 from collections.abc import Sequence
@@ -13,9 +15,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from voxelbridge.core.data.foreground import nonzero_box
 from voxelbridge.core.data.mapping import StoredToOriginal
-from voxelbridge.core.data.normalize import CTPercentile, ZScore, normalize
-from voxelbridge.core.data.resample import resample_image, resample_labels, resampled_shape
+from voxelbridge.core.data.normalize import (
+    CTPercentile,
+    ZScore,
+    normalize_in_place,
+    require_finite,
+)
+from voxelbridge.core.data.resample import (
+    Resampling,
+    resample_image_by,
+    resample_labels_by,
+    resampled_shape,
+)
 from voxelbridge.core.data.volume import Volume, reorientation_to_lps
+
+DEFAULT_RESAMPLING = Resampling()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,38 +63,62 @@ def preprocess(
     *,
     spacing_mm: Sequence[float] | None,
     normalization: Sequence[ZScore | CTPercentile],
+    resampling: Resampling = DEFAULT_RESAMPLING,
 ) -> Preprocessed:
     """`volume` cropped as `mapping` says, at `spacing_mm` (None: its own), one scheme per channel.
 
-    Raises DataError for NaN or infinite voxels.
+    `volume` is left as it is. Raises DataError for NaN or infinite voxels.
     """
     if len(normalization) != len(volume.array):
         raise ValueError(f"{len(normalization)} schemes for {len(volume.array)} channels")
     cropped = _crop(mapping.reorientation.apply_array(volume.array), mapping)
-    shape = mapping.crop_shape
-    if spacing_mm is not None:
-        shape = resampled_shape(shape, mapping.stored_grid.spacing_mm, spacing_mm)
-    resampled = resample_image(cropped, shape)
-    image = np.stack(
-        [
-            normalize(channel, scheme)
-            for channel, scheme in zip(resampled, normalization, strict=True)
-        ]
-    )
+    require_finite(cropped)
+    spacing_before = _crop_spacing(mapping)
+    spacing = spacing_before if spacing_mm is None else spacing_mm
+    shape = resampled_shape(mapping.crop_shape, spacing_before, spacing)
+    if shape == mapping.crop_shape:
+        image = np.array(cropped, dtype=np.float32, order="C")  # a copy: it is normalised in place
+    else:
+        image = resample_image_by(
+            resampling, cropped, shape, spacing_mm=spacing_before, new_spacing_mm=spacing
+        )
+    for channel, scheme in zip(image, normalization, strict=True):
+        normalize_in_place(channel, scheme)
     final = StoredToOriginal(
         original_grid=mapping.original_grid,
         reorientation=mapping.reorientation,
         crop_start=mapping.crop_start,
         crop_shape=mapping.crop_shape,
-        stored_shape=(image.shape[1], image.shape[2], image.shape[3]),
+        stored_shape=shape,
     )
     return Preprocessed(image, final)
 
 
-def labels_to_stored(labels: NDArray[Any], mapping: StoredToOriginal) -> NDArray[Any]:
-    """A label map (D, H, W) on the file's grid, brought to the stored grid (nearest voxel)."""
-    reoriented = mapping.reorientation.apply_array(labels)
-    return resample_labels(_crop(reoriented, mapping), mapping.stored_shape)
+def labels_to_stored(
+    labels: NDArray[Any],
+    mapping: StoredToOriginal,
+    *,
+    resampling: Resampling = DEFAULT_RESAMPLING,
+    spacing_mm: Sequence[float] | None = None,
+) -> NDArray[Any]:
+    """A label map (D, H, W) on the file's grid, brought to the stored grid of `mapping`.
+
+    `resampling` and `spacing_mm` are those that `preprocess` got; nnU-Net's rule looks at the
+    spacing (None: that of the stored grid), the nearest voxel does not.
+    """
+    cropped = _crop(mapping.reorientation.apply_array(labels), mapping)
+    return resample_labels_by(
+        resampling,
+        cropped,
+        mapping.stored_shape,
+        spacing_mm=_crop_spacing(mapping),
+        new_spacing_mm=mapping.stored_grid.spacing_mm if spacing_mm is None else spacing_mm,
+    )
+
+
+def _crop_spacing(mapping: StoredToOriginal) -> tuple[float, float, float]:
+    # before resampling, in the order of the stored axes
+    return mapping.reorientation.apply_grid(mapping.original_grid).spacing_mm
 
 
 def _crop(array: NDArray[Any], mapping: StoredToOriginal) -> NDArray[Any]:

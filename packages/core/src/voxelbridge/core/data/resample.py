@@ -2,49 +2,95 @@
 
 A separable resize is one small matrix per axis. Multiplying by the three matrices gives what
 `skimage.transform.resize(order=3, mode="edge", anti_aliasing=False, clip=True)` gives, at a small
-fraction of its time.
+fraction of its time. nnU-Net's other rules are settings (`Resampling`): nearest slices along a
+coarse axis, and label maps by linear votes (label_interpolation.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from voxelbridge.core.config import Config
+from voxelbridge.core.data.label_interpolation import nearest_picks, resample_labels_linear
 from voxelbridge.core.data.volume import Shape
 
 BAND_TOLERANCE = 1e-7  # spline weights below this are left out: the filter decays by 0.27 per voxel
 ROWS_PER_BLOCK = 32  # output positions per product; neighbours share most of their input window
-SLAB_BYTES = 64 << 20  # a slab of slices is resized at once: working memory stays near this
+SLAB_BYTES = 8 << 20  # slices are resized in groups of about this size: they stay in the cache
+ANISOTROPY_THRESHOLD = 3.0  # nnU-Net's: above this ratio of spacings one axis counts as coarse
+EQUAL = 1e-5  # spacings from float32 headers and direction matrices that differ by less are one
+
+Float32 = NDArray[np.float32]
+
+
+class Resampling(Config):
+    """How voxels are interpolated between grids.
+
+    `image`: "cubic" is order 3 along all axes; "nnunet" takes nnU-Net's shortcut where one axis is
+    more than three times as coarse as the finest: order 3 within slices, the nearest slice across.
+    `labels`: "nearest" takes the voxel whose centre is nearest; "nnunet" the label with the
+    largest linear weight, with the same shortcut along a coarse axis.
+    """
+
+    image: Literal["cubic", "nnunet"] = "cubic"
+    labels: Literal["nearest", "nnunet"] = "nearest"
 
 
 def resampled_shape(
     shape: Sequence[int], spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]
 ) -> Shape:
-    """Shape at another spacing: round(shape * old / new), at least one voxel per axis (z, y, x)."""
+    """Shape at another spacing: round(old / new * shape), at least one voxel per axis (z, y, x).
+
+    Rounded and multiplied in nnU-Net's order, so that halves round as they do there.
+    """
     z, y, x = (
-        max(1, int(np.round(n * old / new)))
+        max(1, round(float(old) / float(new) * n))
         for n, old, new in zip(shape, spacing_mm, new_spacing_mm, strict=True)
     )
     return z, y, x
 
 
-def resample_image(array: NDArray[Any], shape: Sequence[int]) -> NDArray[np.float32]:
+def coarse_axis(spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]) -> int | None:
+    """The axis that nnU-Net resamples on its own (0, 1 or 2), or None.
+
+    The old spacing decides where its largest step is more than three times its smallest,
+    otherwise the new one does. Two equally coarse axes are not treated separately; equal means
+    within rounding of the header, where nnU-Net compares all digits.
+    """
+    for spacing in (spacing_mm, new_spacing_mm):
+        if max(spacing) / min(spacing) > ANISOTROPY_THRESHOLD:
+            coarse = [
+                axis for axis, step in enumerate(spacing) if step > max(spacing) * (1 - EQUAL)
+            ]
+            return coarse[0] if len(coarse) == 1 else None
+    return None
+
+
+def resample_image(
+    array: NDArray[Any], shape: Sequence[int], *, nearest_axis: int | None = None
+) -> Float32:
     """(C, D, H, W) -> (C, *shape) float32, cubic, edges aligned, clipped to each channel's range.
 
+    With `nearest_axis` the slices across that axis are resized by themselves, each clipped to its
+    own range, and along it the nearest one is taken (nnU-Net's rule for anisotropic volumes).
     An image that already has this shape is returned untouched (only cast to float32).
     """
     if array.ndim != 4:
         raise ValueError(f"image must be (C, D, H, W), got {array.shape}")
-    image = array.astype(np.float32, copy=False)
-    if tuple(shape) == image.shape[1:]:
-        return image
-    resized = np.empty((image.shape[0], *shape), dtype=np.float32)
-    for source, target in zip(image, resized, strict=True):
-        _resize_channel(source, target)
-        np.clip(target, source.min(), source.max(), out=target)
+    if tuple(shape) == array.shape[1:]:
+        return array.astype(np.float32, copy=False)
+    resized = np.empty((array.shape[0], *shape), dtype=np.float32)
+    for source, target in zip(array, resized, strict=True):
+        if nearest_axis is None:
+            _resize_channel(source, target)
+        else:
+            _resize_slices(
+                np.moveaxis(source, nearest_axis, 0), np.moveaxis(target, nearest_axis, 0)
+            )
     return resized
 
 
@@ -57,73 +103,142 @@ def resample_labels(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
         raise ValueError(f"label map must be (D, H, W), got {array.shape}")
     if tuple(shape) == array.shape:
         return array
-    picks = (
-        # integer arithmetic: floor((i + 0.5) * old / new) without rounding error
-        ((2 * np.arange(new) + 1) * old) // (2 * new)
-        for old, new in zip(array.shape, shape, strict=True)
-    )
-    return array[np.ix_(*picks)]
+    growth = [new / old for old, new in zip(array.shape, shape, strict=True)]
+    picked = array
+    for axis in sorted(range(3), key=lambda axis: (growth[axis], -axis)):  # the least copied
+        old, new = array.shape[axis], shape[axis]
+        if old != new:
+            # integer arithmetic: floor((i + 0.5) * old / new) without rounding error
+            picked = picked.take(((2 * np.arange(new) + 1) * old) // (2 * new), axis=axis)
+    return picked
 
 
-def _resize_channel(source: NDArray[np.float32], target: NDArray[np.float32]) -> None:
+def resample_image_by(
+    resampling: Resampling,
+    array: NDArray[Any],
+    shape: Sequence[int],
+    *,
+    spacing_mm: Sequence[float],
+    new_spacing_mm: Sequence[float],
+) -> Float32:
+    """(C, D, H, W) -> (C, *shape) by the rule of `resampling.image`; spacings are (z, y, x)."""
+    axis = coarse_axis(spacing_mm, new_spacing_mm) if resampling.image == "nnunet" else None
+    return resample_image(array, shape, nearest_axis=axis)
+
+
+def resample_labels_by(
+    resampling: Resampling,
+    array: NDArray[Any],
+    shape: Sequence[int],
+    *,
+    spacing_mm: Sequence[float],
+    new_spacing_mm: Sequence[float],
+) -> NDArray[Any]:
+    """(D, H, W) -> shape by the rule of `resampling.labels`; spacings are (z, y, x)."""
+    if resampling.labels == "nearest":
+        return resample_labels(array, shape)
+    axis = coarse_axis(spacing_mm, new_spacing_mm)
+    return resample_labels_linear(array, shape, nearest_axis=axis)
+
+
+def _resize_channel(source: NDArray[Any], target: Float32) -> None:
     # (D, H, W) -> target. Axes that shrink come first, so that the later products are smaller; z
-    # goes first or last as a whole, y and x slab by slab to bound the memory.
-    shrinks = target.shape[0] < source.shape[0]
-    current: NDArray[np.float32] = source
-    if shrinks:
-        current = np.empty_like(source, shape=(target.shape[0], *source.shape[1:]), order="C")
-        _resize_z(source, current)
-    plane_bytes = 4 * max(current.shape[1], target.shape[1]) * max(source.shape[2], target.shape[2])
-    step = max(1, SLAB_BYTES // plane_bytes)
-    if shrinks or source.shape[0] == target.shape[0]:
-        for start in range(0, current.shape[0], step):
-            target[start : start + step] = _resize_plane(
-                current[start : start + step], target.shape[1:]
-            )
+    # goes first or last as a whole, y and x slab by slab: temporaries stay within one slab, plus
+    # the volume that is half done, which is never larger than the larger of source and target.
+    low, high = np.float32(source.min()), np.float32(source.max())
+
+    def finish(part: Float32) -> None:  # while the part is still in the cache
+        np.clip(part, low, high, out=part)
+
+    if target.shape[0] < source.shape[0]:
+        thinner = np.empty((target.shape[0], *source.shape[1:]), dtype=np.float32)
+        _resize_z(source, thinner)
+        _resize_planes(thinner, target, finish)
+    elif target.shape[0] == source.shape[0]:
+        _resize_planes(source, target, finish)
+    else:
+        planes: NDArray[Any] = source
+        if source.shape[1:] != target.shape[1:]:
+            planes = np.empty((source.shape[0], *target.shape[1:]), dtype=np.float32)
+            _resize_planes(source, planes)
+        _resize_z(planes, target, finish)
+
+
+def _resize_slices(source: NDArray[Any], target: Float32) -> None:
+    # The first axis by the nearest slice. Only slices that are taken are resized, each once.
+    picks = nearest_picks(source.shape[0], target.shape[0])
+    for pick in np.unique(picks):
+        slice_ = source[pick : pick + 1]
+        resized = np.empty((1, *target.shape[1:]), dtype=np.float32)
+        _resize_planes(slice_, resized)
+        np.clip(resized, np.float32(slice_.min()), np.float32(slice_.max()), out=resized)
+        target[picks == pick] = resized
+
+
+def _resize_planes(
+    source: NDArray[Any], target: Float32, finish: Callable[[Float32], None] | None = None
+) -> None:
+    # (D, H, W) -> (D, *shape), a few slices at a time; any layout and type of source
+    height, width = target.shape[1:]
+    shape = source.shape[1:]
+    y_first = height * shape[1] <= width * shape[0]  # the smaller intermediate first
+    between = (height, shape[1]) if y_first else (shape[0], width)
+    plane_bytes = 4 * max(shape[0] * shape[1], between[0] * between[1], height * width)
+    step = min(len(source), max(1, SLAB_BYTES // plane_bytes))
+    slab = np.empty((step, *shape), dtype=np.float32)  # reused: fresh memory costs page faults
+    half = np.empty((step, *between), dtype=np.float32)
+    first, second = (_resize_y, _resize_x) if y_first else (_resize_x, _resize_y)
+    for start in range(0, len(source), step):
+        part = target[start : start + step]
+        count = len(part)
+        slab[:count] = source[start : start + step]
+        first(slab[:count], half[:count])
+        if part.flags.c_contiguous:
+            second(half[:count], part)
+        else:
+            done = np.empty(part.shape, dtype=np.float32)
+            second(half[:count], done)
+            part[...] = done
+        if finish is not None:
+            finish(part)
+
+
+def _resize_z(
+    source: NDArray[Any], target: Float32, finish: Callable[[Float32], None] | None = None
+) -> None:
+    # target is contiguous: the products are written into views of it, a few rows of each slice at
+    # a time, so that what is read and written stays in the cache
+    depth, height, width = source.shape
+    step = max(1, SLAB_BYTES // (4 * width * max(depth, len(target))))
+    for start in range(0, height, step):
+        rows_y = slice(start, start + step)
+        slab = source[:, rows_y].astype(np.float32, order="C").reshape(depth, -1)
+        part = target.reshape(len(target), -1)[:, start * width : start * width + slab.shape[1]]
+        for rows, columns, weights in _blocks(depth, len(target)):
+            np.matmul(weights, slab[columns], out=part[rows])
+        if finish is not None:
+            finish(part)
+
+
+def _resize_y(slab: Float32, target: Float32) -> None:
+    if slab.shape == target.shape:
+        target[...] = slab
         return
-    planes = np.empty((source.shape[0], *target.shape[1:]), dtype=np.float32)
-    for start in range(0, source.shape[0], step):
-        planes[start : start + step] = _resize_plane(source[start : start + step], target.shape[1:])
-    _resize_z(planes, target)
+    for rows, columns, weights in _blocks(slab.shape[1], target.shape[1]):
+        np.matmul(weights, slab[:, columns], out=target[:, rows])
 
 
-def _resize_z(source: NDArray[np.float32], target: NDArray[np.float32]) -> None:
-    # target must be contiguous: the products are written into views of it
-    flat, out = source.reshape(len(source), -1), target.reshape(len(target), -1)
-    for rows, columns, weights in _blocks(len(source), len(target)):
-        np.matmul(weights, flat[columns], out=out[rows])
-
-
-def _resize_plane(slab: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    height, width = shape
-    if height * slab.shape[2] <= width * slab.shape[1]:  # the smaller intermediate first
-        return _resize_x(_resize_y(slab, height), width)
-    return _resize_y(_resize_x(slab, width), height)
-
-
-def _resize_y(slab: NDArray[np.float32], new: int) -> NDArray[np.float32]:
-    depth, height, width = slab.shape
-    if height == new:
-        return slab
-    out = np.empty((depth, new, width), dtype=np.float32)
-    for rows, columns, weights in _blocks(height, new):
-        out[:, rows] = np.matmul(weights, slab[:, columns])
-    return out
-
-
-def _resize_x(slab: NDArray[np.float32], new: int) -> NDArray[np.float32]:
-    depth, height, width = slab.shape
-    if width == new:
-        return slab
-    flat = slab.reshape(-1, width)
-    out = np.empty((depth * height, new), dtype=np.float32)
-    for rows, columns, weights in _blocks(width, new):
-        out[:, rows] = flat[:, columns] @ weights.T
-    return out.reshape(depth, height, new)
+def _resize_x(slab: Float32, target: Float32) -> None:
+    if slab.shape == target.shape:
+        target[...] = slab
+        return
+    flat, out = slab.reshape(-1, slab.shape[2]), target.reshape(-1, target.shape[2])
+    for rows, columns, weights in _blocks(slab.shape[2], target.shape[2]):
+        np.matmul(flat[:, columns], weights.T, out=out[:, rows])
 
 
 @lru_cache(maxsize=16)
-def _blocks(old: int, new: int) -> tuple[tuple[slice, slice, NDArray[np.float32]], ...]:
+def _blocks(old: int, new: int) -> tuple[tuple[slice, slice, Float32], ...]:
     # The resize matrix (new, old) of one axis as dense blocks around its diagonal band.
     matrix = np.asarray(
         ndimage.zoom(np.eye(old), (new / old, 1.0), order=3, mode="nearest", grid_mode=True)

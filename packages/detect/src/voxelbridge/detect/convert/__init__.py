@@ -1,0 +1,1 @@
+"""Converters: from the downloads and lists people have to a raw data set folder."""
