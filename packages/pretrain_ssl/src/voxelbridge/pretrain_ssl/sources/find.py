@@ -1,5 +1,6 @@
 """What kind of source a path is, and all images in it."""
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -101,8 +102,11 @@ def _raw_data_set(folder: Path) -> Source:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if image_ending(path.name) is not None and not path.name.startswith(".") and path.is_file()
-    )
+    """Image files below a folder in the order of their paths; from names alone, none is opened."""
+    found = [
+        f"{where}/{name}"  # 100 000 path objects would cost seconds to compare
+        for where, _, names in os.walk(folder)
+        for name in names
+        if image_ending(name) is not None and not name.startswith(".")
+    ]
+    return [Path(name) for name in sorted(found)]
