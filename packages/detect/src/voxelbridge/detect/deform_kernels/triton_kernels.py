@@ -14,6 +14,32 @@ import triton.language as tl
 
 
 @triton.jit
+def locate(place_ptr, real, depth, height, width, WIDE: tl.constexpr):
+    """Whether points read a level at all, their lowest corners and their parts of a cell."""
+    x = tl.load(place_ptr, mask=real, other=-2.0).to(WIDE) * width - 0.5
+    y = tl.load(place_ptr + 1, mask=real, other=-2.0).to(WIDE) * height - 0.5
+    z = tl.load(place_ptr + 2, mask=real, other=-2.0).to(WIDE) * depth - 0.5
+    # Masked before they become integers: far or NaN coordinates have none.
+    inside = real & (x > -1) & (x < width) & (y > -1) & (y < height)
+    inside = inside & (z > -1) & (z < depth)
+    x = tl.where(inside, x, 0.0)
+    y = tl.where(inside, y, 0.0)
+    z = tl.where(inside, z, 0.0)
+    low_x = tl.floor(x)
+    low_y = tl.floor(y)
+    low_z = tl.floor(z)
+    return (
+        inside,
+        low_z.to(tl.int32),
+        low_y.to(tl.int32),
+        low_x.to(tl.int32),
+        z - low_z,
+        y - low_y,
+        x - low_x,
+    )
+
+
+@triton.jit
 def forward_kernel(
     value_ptr,  # (N, S, M, D)
     shapes_ptr,  # (L, 3) int64
@@ -47,22 +73,10 @@ def forward_kernel(
         first = (n * num_cells + tl.load(starts_ptr + level)) * (M * D) + m * D
         for point in range(P):
             at = (row * L + level) * P + point
-            x = tl.load(locations_ptr + 3 * at, mask=real, other=-2.0).to(WIDE) * width - 0.5
-            y = tl.load(locations_ptr + 3 * at + 1, mask=real, other=-2.0).to(WIDE) * height - 0.5
-            z = tl.load(locations_ptr + 3 * at + 2, mask=real, other=-2.0).to(WIDE) * depth - 0.5
             weight = tl.load(weights_ptr + at, mask=real, other=0.0).to(WIDE)
-            # Masked before they become integers: far or NaN coordinates have none.
-            inside = real & (x > -1) & (x < width) & (y > -1) & (y < height)
-            inside = inside & (z > -1) & (z < depth)
-            x = tl.where(inside, x, 0.0)
-            y = tl.where(inside, y, 0.0)
-            z = tl.where(inside, z, 0.0)
-            x0 = tl.floor(x).to(tl.int32)
-            y0 = tl.floor(y).to(tl.int32)
-            z0 = tl.floor(z).to(tl.int32)
-            fx = x - tl.floor(x)
-            fy = y - tl.floor(y)
-            fz = z - tl.floor(z)
+            inside, z0, y0, x0, fz, fy, fx = locate(
+                locations_ptr + 3 * at, real, depth, height, width, WIDE
+            )
             for corner in tl.static_range(8):
                 cz = z0 + ((corner >> 2) & 1)
                 cy = y0 + ((corner >> 1) & 1)
@@ -134,21 +148,10 @@ def backward_kernel(
         first = (n * num_cells + tl.load(starts_ptr + level)) * (M * D) + m * D
         for point in range(P):
             at = (row * L + level) * P + point
-            x = tl.load(locations_ptr + 3 * at, mask=real, other=-2.0).to(WIDE) * width - 0.5
-            y = tl.load(locations_ptr + 3 * at + 1, mask=real, other=-2.0).to(WIDE) * height - 0.5
-            z = tl.load(locations_ptr + 3 * at + 2, mask=real, other=-2.0).to(WIDE) * depth - 0.5
             weight = tl.load(weights_ptr + at, mask=real, other=0.0).to(WIDE)
-            inside = real & (x > -1) & (x < width) & (y > -1) & (y < height)
-            inside = inside & (z > -1) & (z < depth)
-            x = tl.where(inside, x, 0.0)
-            y = tl.where(inside, y, 0.0)
-            z = tl.where(inside, z, 0.0)
-            x0 = tl.floor(x).to(tl.int32)
-            y0 = tl.floor(y).to(tl.int32)
-            z0 = tl.floor(z).to(tl.int32)
-            fx = x - tl.floor(x)
-            fy = y - tl.floor(y)
-            fz = z - tl.floor(z)
+            inside, z0, y0, x0, fz, fy, fx = locate(
+                locations_ptr + 3 * at, real, depth, height, width, WIDE
+            )
             of_weight = tl.zeros([BLOCK_Q], dtype=WIDE)
             of_x = tl.zeros([BLOCK_Q], dtype=WIDE)
             of_y = tl.zeros([BLOCK_Q], dtype=WIDE)
