@@ -4,13 +4,13 @@ check: ## the gate before each commit: format, lint, types, fast tests
 	uv run ruff format --check .
 	uv run ruff check .
 	uv run pyright
-	uv run pytest -q -n 2 -m "not slow and not gpu"
+	uv run pytest -q -m "not slow and not gpu"
 
 test: ## everything that needs no GPU
 	uv run pytest -m "not gpu"
 
 test-gpu: ## on a machine with a CUDA device
-	uv run pytest -m gpu
+	uv run pytest -n 0 -m gpu
 
 bench: ## ratios measured side by side in one run, on the CPU
 	uv run tools/bench.py

