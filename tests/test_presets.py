@@ -12,13 +12,26 @@ from voxelbridge.core.config import load_config, preset_path
 from voxelbridge.core.train.optim import SGD, AdamW
 from voxelbridge.core.train.schedule import learning_rate_at
 from voxelbridge.detect.build import build_detector, load_detect_config
-from voxelbridge.detect.config import DetectConfig
+from voxelbridge.detect.config import DeformableDETRConfig, DetectConfig, RetinaUNetConfig
+from voxelbridge.detect.deformable_detr import DeformableDETR
+from voxelbridge.detect.retina_unet import RetinaUNet
 from voxelbridge.pretrain_ssl.config import PretrainConfig
 
 SSL = "voxelbridge.pretrain_ssl"
-DETECT_PRESETS = ("resenc_retunet", "resenc_retunet_small", "retunet", "retunet_small")
+DETECT_PRESETS = (
+    "defdetr", "defdetr_small", "nndet_v001", "resenc_defdetr", "resenc_defdetr_small",
+    "resenc_retunet", "resenc_retunet_small", "retunet", "retunet_small",
+)  # fmt: skip
 SSL_PRESETS = ("mae", "mae_small")
-PAPER_DETECTORS = {"retunet": 18_967_075, "resenc_retunet": 95_240_771}
+PAPER_DETECTORS = {
+    "retunet": 18_967_075,
+    "resenc_retunet": 95_240_771,
+    "defdetr": 18_173_073,
+    "resenc_defdetr": 94_446_769,
+    "nndet_v001": 18_967_555,  # nnDetection v0.1, not of the paper
+}
+RETINA = ("retunet", "resenc_retunet")
+DETR = ("defdetr", "resenc_defdetr")
 
 
 def shipped(package: str) -> list[str]:
@@ -45,8 +58,13 @@ def test_detect_preset_loads_and_builds(name: str) -> None:
     with torch.device("meta"):
         detector = build_detector(config, in_channels=2, num_classes=3)
     assert detector.encoder.in_channels == 2
-    assert detector.head.num_classes == 3
-    assert len(detector.anchor_sizes) == len(config.detector.head_levels)
+    match detector:
+        case RetinaUNet():
+            assert detector.head.num_classes == 3
+            assert len(detector.anchor_sizes) == len(config.detector.head_levels)
+        case DeformableDETR():
+            assert detector.levels == config.detector.head_levels
+            assert all(head.out_features == 3 for head in detector.transformer.class_heads)
     divisor = detector.encoder.strides[-1]
     assert all(edge % stride == 0 for edge, stride in zip(config.patch_size, divisor, strict=True))
 
@@ -75,7 +93,7 @@ def test_paper_detectors_register_each_parameter_once(name: str) -> None:
     assert len(names) == len(list(detector.parameters()))
 
 
-@pytest.mark.parametrize("name", PAPER_DETECTORS)
+@pytest.mark.parametrize("name", RETINA)
 def test_paper_detectors_train_as_in_appendix_c(name: str) -> None:
     config = load_detect_config(name)
     schedule, optim = config.schedule, config.optim
@@ -93,11 +111,66 @@ def test_paper_detectors_train_as_in_appendix_c(name: str) -> None:
     assert learning_rate_at(schedule, 11_500, peak=optim.lr) == 1e-2
 
 
-@pytest.mark.parametrize("name", PAPER_DETECTORS)
+@pytest.mark.parametrize("name", DETR)
+def test_paper_transformers_train_as_in_appendix_c(name: str) -> None:
+    config = load_detect_config(name)
+    schedule, optim = config.schedule, config.optim
+    assert (config.patch_size, config.batch_size) == ((128, 128, 128), 4)
+    assert config.precision == "bf16"
+    assert schedule.frozen is not None
+    assert schedule.frozen.steps == 5 * 2500
+    assert schedule.frozen.parts == ("detector.encoder",)
+    assert (schedule.steps, schedule.warmup_steps) == ((5 + 100) * 2500, 4000)
+    assert schedule.power == 0.9
+    assert isinstance(optim, AdamW)
+    assert (optim.lr, optim.betas, optim.eps) == (3e-4, (0.9, 0.999), 1e-4)
+    assert (optim.weight_decay, optim.amsgrad) == (1e-4, True)
+    assert learning_rate_at(schedule, 0, peak=optim.lr) == 1e-6
+    assert learning_rate_at(schedule, 12_499, peak=optim.lr) == pytest.approx(3e-4, rel=1e-3)
+    assert learning_rate_at(schedule, 12_500, peak=optim.lr) == 1e-6
+    assert learning_rate_at(schedule, 16_500, peak=optim.lr) == 3e-4
+
+
+@pytest.mark.parametrize("name", DETR)
+def test_paper_transformers_have_the_detr_settings(name: str) -> None:
+    config = load_detect_config(name)
+    detector = config.detector
+    assert isinstance(detector, DeformableDETRConfig)
+    assert detector.head_levels == (2, 3, 4, 5)
+    assert (detector.width, detector.hidden, detector.heads, detector.points) == (128, 1024, 8, 4)
+    assert (detector.encoder_blocks, detector.decoder_blocks) == (3, 6)
+    assert (detector.queries, detector.class_prior) == (None, 0.05)
+    assert detector.box_head_init == "torch_default"
+    assert (detector.focal_gamma, detector.focal_alpha) == (1.0, 0.75)
+    assert (detector.class_weight, detector.l1_weight, detector.giou_weight) == (1, 5, 2)
+    assert (detector.class_cost, detector.l1_cost, detector.giou_cost) == (2, 5, 2)
+    assert config.encoder == ("plain" if name == "defdetr" else "resenc_l")
+
+
+def test_nndet_v001_is_the_public_version() -> None:
+    config, paper = load_detect_config("nndet_v001"), load_detect_config("retunet")
+    detector, schedule, optim = config.detector, config.schedule, config.optim
+    assert isinstance(detector, RetinaUNetConfig)
+    assert (detector.classification_loss, detector.box_loss) == ("hard_negatives", "giou")
+    mined = detector.hard_negatives
+    assert (mined.anchors_per_image, mined.positive_fraction, mined.pool_factor) == (32, 0.33, 20)
+    assert (detector.class_weight, detector.box_weight, detector.segmentation_weight) == (1, 1, 1)
+    assert (schedule.steps, schedule.warmup_steps, schedule.frozen) == (50 * 2500, 4000, None)
+    assert isinstance(optim, SGD)
+    assert optim == paper.optim
+    # nnDetection's own figure for the rate of its iteration 60,000
+    rate = learning_rate_at(schedule, 60_000, peak=optim.lr)
+    assert rate == pytest.approx(5.716e-3, rel=1e-3)
+    assert config.post_processing == paper.post_processing
+
+
+@pytest.mark.parametrize("name", RETINA)
 def test_paper_detectors_have_the_retina_settings(name: str) -> None:
     config = load_detect_config(name)
     detector = config.detector
+    assert isinstance(detector, RetinaUNetConfig)
     assert detector.head_levels == (2, 3, 4, 5)
+    assert (detector.classification_loss, detector.box_loss) == ("focal", "l1")
     assert (detector.channels, detector.sizes_per_axis) == (128, 3)
     assert detector.atss_candidates == 4
     assert (detector.focal_gamma, detector.focal_alpha) == (1.0, 0.75)
@@ -115,8 +188,21 @@ def test_small_detectors_differ_in_size_and_loss_weights_not_in_method(name: str
     # Why the weights differ stands in the presets and in docs/methods/retina_unet.md.
     own = {"head_levels", "channels", "class_weight", "box_weight", "segmentation_weight"}
     assert small.detector.model_dump(exclude=own) == paper.detector.model_dump(exclude=own)
+    assert isinstance(small.detector, RetinaUNetConfig)
     weights = (small.detector.class_weight, small.detector.box_weight)
     assert (*weights, small.detector.segmentation_weight) == (1.0, 0.2, 0.1)
+    assert small.post_processing == paper.post_processing
+
+
+@pytest.mark.parametrize("name", DETR)
+def test_small_transformers_differ_in_size_not_in_method(name: str) -> None:
+    paper, small = load_detect_config(name), load_detect_config(f"{name}_small")
+    assert small.encoder == {"plain": "plain_small", "resenc_l": "resenc_small"}[paper.encoder]
+    own = {
+        "head_levels", "width", "heads", "encoder_blocks", "decoder_blocks", "hidden", "queries",
+        "box_head_init",
+    }  # fmt: skip
+    assert small.detector.model_dump(exclude=own) == paper.detector.model_dump(exclude=own)
     assert small.post_processing == paper.post_processing
 
 

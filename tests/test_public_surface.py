@@ -48,6 +48,7 @@ OPTIONS = {
     ),
     "vb-detect report": ("-o",),
     "vb-detect info": ("--json",),
+    "vb-detect export": ("-o", "--check"),
 }
 
 # "GONE" becomes a path that does not exist.
@@ -70,6 +71,7 @@ MISSING_FILE = (
     "vb-detect evaluate --ground-truth GONE --predictions GONE --cases GONE --output OUT",
     "vb-detect info GONE.toml",
     "vb-detect report GONE -o OUT",
+    "vb-detect export GONE -o OUT",
 )
 
 

@@ -32,12 +32,15 @@ def main(
         bool, typer.Option(help="Compare with nnU-Net v2, installed into its own environment.")
     ] = True,
 ) -> None:
-    """Resampling, preparing and loading against others (CPU), ResEncL against its peer's."""
+    """Resampling, preparing, loading against others (CPU); ResEncL, attention, detectors."""
     if device == "cpu":
         _preprocessing(volumes, quick=quick, nnunet=nnunet)
         _section("loader: patches per second", "bench_loader.py", ["--quick"] if quick else [])
     encoder = ["--sizes", "64", "--repeats", "1"] if quick else []
     _section(f"ResEncL on {device}: step time", "bench_encoder.py", [*encoder, "--device", device])
+    options = ["--device", device, *(["--quick"] if quick else [])]
+    _section(f"deformable attention on {device}", "bench_attention.py", options)
+    _section(f"detectors on {device}: training steps", "bench_detectors.py", options)
 
 
 def _preprocessing(volumes: Path, *, quick: bool, nnunet: bool) -> None:

@@ -3,8 +3,9 @@
     uv run tools/bench_attention.py [--device cuda] [--quick]
 
 On a CPU our torch path runs beside the published recipe (one grid_sample per level, all sampled
-points stacked, then weighted); on a GPU the Triton kernels run beside it too, and their bytes per
-second beside the measured copy bandwidth. The two sides alternate; printed are medians.
+points stacked, then weighted); on a GPU the Triton kernels run beside it, and their bytes a second
+beside the measured copy bandwidth and the floors of docs/deformable_attention.md. The two sides
+alternate; printed are medians.
 """
 
 import statistics
@@ -27,6 +28,12 @@ HEADS, CHANNELS, POINTS = 8, 16, 4  # the paper's detectors: width 128
 PAPER_SHAPES = ((32, 32, 32), (16, 16, 16), (8, 8, 8), (4, 4, 4))  # strides 4 to 32 of 128^3
 SMALL_SHAPES = ((16, 16, 16), (8, 8, 8), (4, 4, 4))
 GIB = 2**30
+
+# Assumed of a Hopper GPU, not measured: what gathers and float32 atomics cannot go beyond.
+L2_BYTES_PER_SECOND = 5.5e12
+ATOMIC_SECTORS_PER_SECOND = 150e9
+SECTOR_BYTES = 32
+SPEED_GOAL, MEMORY_GOAL = 5.0, 0.5  # of grid_sample's time and memory
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,8 @@ def main(
             print(describe(title, costs), flush=True)
             if device == "cuda":
                 print(_throughput(costs["ours"], batch, queries, len(shapes), dtype, bandwidth))
+                if what == "encoder":
+                    print(_goals(costs), flush=True)
 
 
 def _throughput(
@@ -195,10 +204,25 @@ def _throughput(
     gathered = 8 * samples * row  # eight corners of one head's channels
     atomics = 8 * samples * CHANNELS * 4  # float32 sums
     forward, backward = gathered / cost.forward, (gathered + atomics) / cost.backward
+    floor_forward = gathered / L2_BYTES_PER_SECOND
+    floor_backward = floor_forward + atomics / SECTOR_BYTES / ATOMIC_SECTORS_PER_SECOND
     return (
         f"  gathers {gathered / 1e9:.1f} GB forward at {forward / 1e12:.2f} TB/s "
         f"({forward / bandwidth:.1f} x copying), gathers and adds "
-        f"{(gathered + atomics) / 1e9:.1f} GB backward at {backward / 1e12:.2f} TB/s"
+        f"{(gathered + atomics) / 1e9:.1f} GB backward at {backward / 1e12:.2f} TB/s\n"
+        f"  {cost.forward / floor_forward:.1f} x the gather floor ({floor_forward * 1e3:.2f} ms) "
+        f"forward, {cost.backward / floor_backward:.1f} x the gather and atomic floor "
+        f"({floor_backward * 1e3:.2f} ms) backward"
+    )
+
+
+def _goals(costs: dict[str, Cost]) -> str:
+    mine, peer = costs["ours"], costs["grid_sample per level"]
+    speed, memory = peer.both / mine.both, mine.peak_bytes / max(peer.peak_bytes, 1)
+    return (
+        f"  goal {SPEED_GOAL:.0f} x grid_sample's speed: {speed:.1f} x, "
+        f"{'reached' if speed >= SPEED_GOAL else 'missed'}; goal half its memory: "
+        f"{memory:.2f}, {'reached' if memory <= MEMORY_GOAL else 'missed'}"
     )
 
 

@@ -6,12 +6,11 @@ import torch
 from voxelbridge.core.arch.config import EncoderConfig
 from voxelbridge.core.train.optim import AdamW
 from voxelbridge.detect.batches import DetectionBatch
-from voxelbridge.detect.build import build_criterion, build_detector, load_detect_config
+from voxelbridge.detect.build import build_detector, build_objective, load_detect_config
 from voxelbridge.detect.config import DetectConfig, encoder_config
 from voxelbridge.detect.detections import Targets
 from voxelbridge.detect.info import describe_preset, memory_of
 from voxelbridge.detect.memory_model import NetworkShape, training_memory
-from voxelbridge.detect.objective import RetinaObjective
 
 ANISOTROPIC = (
     "architecture=plan",
@@ -26,7 +25,7 @@ ANISOTROPIC = (
 def kept_bytes(config: DetectConfig, *, in_channels: int, num_classes: int) -> int:
     """Bytes that autograd keeps in one step, each storage once, parameters left out."""
     detector = build_detector(config, in_channels=in_channels, num_classes=num_classes)
-    objective = RetinaObjective(detector, build_criterion(config), config.detector)
+    objective = build_objective(detector, config)
     size, count = config.patch_size, config.batch_size
     box = torch.tensor([[1.0, 4.0, 4.0, 6.0, 12.0, 12.0]])
     batch = DetectionBatch(
@@ -70,7 +69,44 @@ def test_prediction_is_near_what_torch_keeps(
     assert predicted == pytest.approx(measured, rel=tolerance)
 
 
-@pytest.mark.parametrize("name", ["retunet", "resenc_retunet", "resenc_retunet_small"])
+@pytest.mark.parametrize("name", ["defdetr_small", "resenc_defdetr_small"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("detector.head_levels=[1,2,3]", "patch_size=[32,48,32]", "detector.hidden=256",
+         "detector.encoder_blocks=2", "detector.queries=60"),
+    ],
+)  # fmt: skip
+def test_prediction_for_deformable_detr_is_near_what_torch_keeps(
+    name: str, precision: str, overrides: tuple[str, ...]
+) -> None:
+    config = small_config(name, *overrides, f"precision={precision}")
+    measured = kept_bytes(config, in_channels=2, num_classes=3)
+    memory = memory_of(config, in_channels=2, num_classes=3, fused=False)
+    copies = memory.num_parameters * 2 if precision == "bf16" else 0
+    predicted = memory.activations + memory.losses + copies
+    assert predicted == pytest.approx(measured, rel=0.05 if precision == "fp32" else 0.25)
+
+
+def test_the_fused_kernel_keeps_no_sampled_values() -> None:
+    config = small_config("defdetr_small")
+    fused, plain = (
+        memory_of(config, in_channels=1, num_classes=1, fused=fused) for fused in (True, False)
+    )
+    tokens, sampled = 12**3 + 6**3, 2 * 4 * 64 * 4  # levels x points x width x bytes
+    assert plain.activations - fused.activations > tokens * sampled * config.batch_size
+    assert plain.losses == fused.losses
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "retunet", "resenc_retunet", "resenc_retunet_small", "nndet_v001",
+        "defdetr", "resenc_defdetr", "defdetr_small",
+    ],
+)  # fmt: skip
 def test_parameters_are_counted_exactly(name: str) -> None:
     config = load_detect_config(name)
     with torch.device("meta"):
@@ -99,6 +135,13 @@ def test_memory_grows_with_batch_patch_and_optimizer() -> None:
     assert one.total < two.total < larger.total
 
 
+def test_info_tells_tokens_and_the_plans_queries() -> None:
+    facts = describe_preset("defdetr_small")
+    assert (facts["tokens"], facts["queries"]) == (12**3 + 6**3, 24)
+    assert "anchors" not in facts
+    assert list(facts["parameters"]) == ["total", "encoder", "projection", "transformer"]
+
+
 def test_info_tells_the_models_figure() -> None:
     config = load_detect_config("retunet_small")
     assert isinstance(config.optim, AdamW)
@@ -109,10 +152,12 @@ def test_info_tells_the_models_figure() -> None:
 def test_the_papers_networks_fit_the_cards_they_were_trained_on() -> None:
     memory = [
         memory_of(load_detect_config(name), in_channels=1, num_classes=1).total / 2**30
-        for name in ("retunet", "resenc_retunet")
+        for name in ("retunet", "defdetr", "resenc_retunet", "resenc_defdetr")
     ]
     assert 5 < memory[0] < 11
-    assert memory[0] < memory[1] < 24
+    assert 5 < memory[1] < 11
+    assert max(memory[:2]) < min(memory[2:])
+    assert max(memory[2:]) < 24
 
 
 def small_config(name: str, *overrides: str) -> DetectConfig:

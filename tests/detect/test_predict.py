@@ -3,28 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from voxelbridge.detect.anchors import anchor_grid
-from voxelbridge.detect.box_coder import encode
+from voxelbridge.detect.box_coder import decode, encode
 from voxelbridge.detect.build import load_detect_config
 from voxelbridge.detect.config import DetectConfig
 from voxelbridge.detect.predict import mirrorings, predict_volume
-from voxelbridge.detect.retina_unet import RetinaOutput
 
 SIZES = (((6.0,), (6.0,), (6.0,)),)
 
 
-class BrightBoxFinder(nn.Module):
+class BrightBoxFinder:
     """A perfect network: it boxes the bright voxels of a patch, whatever the patch is."""
 
-    def forward(self, image: Tensor, *, segment: bool) -> RetinaOutput:
-        shape = [edge // 4 for edge in image.shape[2:]]
+    def candidates(self, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
+        shape = [edge // 4 for edge in patches.shape[2:]]
         grid = anchor_grid([shape], [(4, 4, 4)], SIZES)
         anchors = grid.boxes()
-        logits = torch.full((len(image), len(anchors), 1), -20.0)
-        deltas = torch.zeros((len(image), len(anchors), 6))
-        for index, patch in enumerate(image[:, 0]):
+        logits = torch.full((len(patches), len(anchors), 1), -20.0)
+        deltas = torch.zeros((len(patches), len(anchors), 6))
+        for index, patch in enumerate(patches[:, 0]):
             bright = (patch > 0.5).nonzero().float()
             if len(bright) == 0:
                 continue
@@ -34,7 +33,8 @@ class BrightBoxFinder(nn.Module):
             nearest = (centers - middle).norm(dim=1).argmin()
             deltas[index, nearest] = encode(box, anchors[nearest][None])[0]
             logits[index, nearest] = float(len(bright)) / 50
-        return RetinaOutput(logits, deltas, grid, None)
+        boxes = [decode(delta, anchors) for delta in deltas]
+        return list(zip(boxes, logits.sigmoid(), strict=True))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_an_object_is_found_at_its_place(
     image[0, 2:6, 5:9, 7:12] = 1.0
     network = BrightBoxFinder()
     found = predict_volume(
-        [(network, config)],  # pyright: ignore[reportArgumentType] a stand-in network
+        [(network, config)],
         image,
         device=torch.device("cpu"),
         num_mirrorings=mirrors,
@@ -69,7 +69,7 @@ def test_an_object_is_found_at_its_place(
 def test_an_empty_volume_gives_no_boxes(config: DetectConfig) -> None:
     image = np.zeros((1, 20, 20, 20), dtype=np.float32)
     found = predict_volume(
-        [(BrightBoxFinder(), config)],  # pyright: ignore[reportArgumentType] a stand-in network
+        [(BrightBoxFinder(), config)],
         image,
         device=torch.device("cpu"),
     )

@@ -6,6 +6,7 @@ import torch
 from voxelbridge.detect.build import build_detector, load_detect_config
 from voxelbridge.detect.config import RetinaUNetConfig
 from voxelbridge.detect.retina_head import RetinaHead
+from voxelbridge.detect.retina_unet import RetinaUNet
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ def test_outputs_are_ordered_as_the_anchors() -> None:
 def test_without_segmentation_the_finer_maps_are_not_computed() -> None:
     config = load_detect_config("resenc_retunet_small")
     detector = build_detector(config, in_channels=1, num_classes=1).eval()
+    assert isinstance(detector, RetinaUNet)
     image = torch.randn(1, 1, 16, 16, 16)
     with_segmentation = detector(image, segment=True)
     fine = next(iter(detector.neck.out))
@@ -80,6 +82,7 @@ def test_all_but_the_idle_parameters_get_gradients(segment: bool) -> None:
     levels = RetinaUNetConfig(head_levels=(2, 3), channels=16, sizes_per_axis=1)
     config = config.model_copy(update={"detector": levels})
     detector = build_detector(config, in_channels=2, num_classes=2)
+    assert isinstance(detector, RetinaUNet)
     output = detector(torch.randn(1, 2, 16, 16, 16), segment=segment)
     parts = [output.logits, output.deltas]
     if output.segmentation is not None:

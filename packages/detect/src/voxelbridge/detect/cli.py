@@ -263,7 +263,10 @@ def info(
     print(f"{preset}: patch {facts['patch_size']}, batch {facts['batch_size']}")
     for name, count in facts["parameters"].items():
         print(f"  {name:<12} {count:>12,} parameters")
-    print(f"  {facts['gflop']:,} GFLOP for one patch forward, {facts['anchors']:,} anchors")
+    sizes = ", ".join(
+        f"{facts[name]:,} {name}" for name in ("anchors", "tokens", "queries") if name in facts
+    )
+    print(f"  {facts['gflop']:,} GFLOP for one patch forward, {sizes}")
     print(f"  about {facts['memory_gib']} GiB for a training step of the batch")
 
 
@@ -280,6 +283,20 @@ def report(
 
     report_folder(folder, output, ground_truth=ground_truth)
     print(f"written to {output}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory of a finished training.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with onnxruntime before the file appears.")
+    ] = False,
+) -> None:
+    """Write a run's network as ONNX: one patch in, raw outputs out."""
+    from voxelbridge.detect.export_run import export_run
+
+    print(export_run(run, output, check=check))
 
 
 def main() -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from voxelbridge.core.arch.config import EncoderConfig, Triple, cumulative_strides
+from voxelbridge.core.arch.init import InitMethod
 from voxelbridge.core.arch.presets import ENCODER_PRESETS
 from voxelbridge.core.config import Config
 from voxelbridge.core.data.augment import SpatialAugmentation
@@ -14,8 +15,19 @@ from voxelbridge.core.train.settings import TrainingSettings
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class HardNegatives(Config):
+    """Which anchors the classification loss sees with hard-negative mining (nnDetection v0.1)."""
+
+    anchors_per_image: PositiveInt = 32  # the budget counts over the whole batch
+    positive_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.33  # of the budget, at most
+    pool_factor: Annotated[float, Field(ge=1)] = 20.0  # drawn from so many times as hard ones
+
+
 class RetinaUNetConfig(Config):
-    """Retina U-Net after nnDetection v2 (arXiv 2509.15947, section 2.1 and appendix C)."""
+    """Retina U-Net after nnDetection v2 (arXiv 2509.15947, section 2.1 and appendix C).
+
+    With the losses, biases and activations of nnDetection v0.1 on request (arXiv 2106.00817).
+    """
 
     name: Literal["retina_unet"] = "retina_unet"
     # Encoder stages whose maps carry anchors, finest first.
@@ -23,12 +35,69 @@ class RetinaUNetConfig(Config):
     channels: PositiveInt = 128  # of the pyramid's coarse maps and of the heads
     sizes_per_axis: PositiveInt = 3  # anchors per cell = sizes_per_axis ** 3
     atss_candidates: PositiveInt = 4  # nearest cells per object and level
+    neck_init: InitMethod = "kaiming"  # v0.1: torch_default
+    upsample_bias: bool = False  # of the pyramid's transposed convolutions; v0.1: true
+    head_activation: Literal["leaky_relu", "relu"] = "leaky_relu"  # v0.1: relu
+    # focal: over all anchors; hard_negatives (v0.1): cross-entropy over few of them.
+    classification_loss: Literal["focal", "hard_negatives"] = "focal"
+    box_loss: Literal["l1", "giou"] = "l1"  # on deltas, or on decoded boxes (v0.1)
     focal_gamma: float = 1.0
     focal_alpha: float = 0.75
-    class_weight: float = 0.3  # of the focal loss in the total
+    hard_negatives: HardNegatives = HardNegatives()
+    class_weight: float = 0.3  # of the classification loss in the total
     box_weight: float = 1.0
+    dice_smoothing: Annotated[float, Field(ge=0)] = 0.0  # in the numerator; v0.1: 1e-5
     segmentation_weight: float = 1.0  # of (Dice + CE) / 2; 0 leaves the branch untrained
-    normalizer_decay: float = 0.7  # moving average of the number of positive anchors
+    normalizer_decay: float = 0.7  # moving average of the number of positives (focal only)
+
+
+class DeformableDETRConfig(Config):
+    """Deformable DETR after nnDetection v2 (arXiv 2509.15947, section 2.1 and appendix C)."""
+
+    name: Literal["deformable_detr"] = "deformable_detr"
+    # Encoder stages that the transformer reads, finest first.
+    head_levels: tuple[int, ...] = Field(default=(2, 3, 4, 5), min_length=1)
+    width: PositiveInt = 128
+    heads: PositiveInt = 8
+    points: PositiveInt = 4  # per head and level
+    encoder_blocks: PositiveInt = 3
+    decoder_blocks: PositiveInt = 6
+    hidden: PositiveInt = 1024  # of the feed-forward layers
+    queries: PositiveInt | None = None  # none: those of the store's plan, without a plan 300
+    class_prior: Annotated[float, Field(gt=0, lt=1)] = 0.05  # first probability of every class
+    # torch_default: first boxes are a little off the proposals (nnDetection v2); zero: on them.
+    box_head_init: Literal["torch_default", "zero"] = "torch_default"
+    focal_gamma: float = 1.0  # of the loss and of the matching
+    focal_alpha: float = 0.75
+    # Weights of the losses of the answer, of each earlier block and of the proposals alike.
+    class_weight: float = 1.0
+    l1_weight: float = 5.0
+    giou_weight: float = 2.0
+    class_cost: float = 2.0  # costs decide who is matched with whom
+    l1_cost: float = 5.0
+    giou_cost: float = 2.0
+
+    @model_validator(mode="after")
+    def _divides(self) -> "DeformableDETRConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of the {self.heads} heads")
+        if self.width % 4:  # sines and cosines of half the width
+            raise ValueError(f"width {self.width} must be a multiple of 4")
+        return self
+
+
+def _detector_name(value: object) -> object:
+    """Which detector a table is for; files from before there were two do not say it."""
+    if isinstance(value, dict):
+        return value.get("name", "retina_unet")
+    return getattr(value, "name", None)
+
+
+DetectorConfig = Annotated[
+    Annotated[RetinaUNetConfig, Tag("retina_unet")]
+    | Annotated[DeformableDETRConfig, Tag("deformable_detr")],
+    Discriminator(_detector_name),
+]
 
 
 class PostProcessing(Config):
@@ -63,7 +132,7 @@ class DetectConfig(TrainingSettings):
     architecture: Literal["preset", "plan"] = "preset"
     stages: PlannedStages | None = None
     init: Literal["kaiming", "torch_default"] = "torch_default"
-    detector: RetinaUNetConfig = RetinaUNetConfig()
+    detector: DetectorConfig = RetinaUNetConfig()
     object_fraction: Fraction = 0.5  # of a batch's patches that lie on an object
     augmentation: SpatialAugmentation = SpatialAugmentation()
     # Voxel labels of cases that have boxes only: none (such batches train without the segmentation

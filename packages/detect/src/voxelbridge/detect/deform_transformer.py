@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from voxelbridge.detect.deform_attn import deformable_attention_3d
+from voxelbridge.detect.deform_attn import Backend, deformable_attention_3d
 from voxelbridge.detect.sine_encoding import cell_centres, encode_cells, sine_features
 
 Triple = tuple[int, int, int]
@@ -26,7 +26,12 @@ LOGIT_EPS = 1e-5
 
 
 class DeformableAttention(nn.Module):
-    """Attention of queries (B, Q, C) to few points around their references in a pyramid."""
+    """Attention of queries (B, Q, C) to few points around their references in a pyramid.
+
+    `backend` is the operator's; exports set it to "torch".
+    """
+
+    backend: Backend = "auto"
 
     def __init__(self, width: int, *, heads: int, levels: int, points: int) -> None:
         super().__init__()
@@ -58,7 +63,7 @@ class DeformableAttention(nn.Module):
         """`references` (B, Q, 3) points or (B, Q, 6) boxes; `memory` (B, S, C) in C order."""
         batch, num_queries, _ = queries.shape
         value = self.value(memory).unflatten(2, (self.heads, -1))
-        kind = queries.device.type
+        kind = "cpu" if queries.is_meta else queries.device.type  # meta knows no autocast
         # Offsets of half precision would be off by an eighth of a cell: float32, also in autocast.
         with torch.autocast(kind, enabled=False):
             wide = queries.float()
@@ -73,6 +78,7 @@ class DeformableAttention(nn.Module):
                 None,
                 locations.flip(-1),  # the operator takes x, y, z
                 weights.unflatten(3, (self.levels, self.points)),
+                backend=self.backend,
             )
         return self.output(sampled)
 

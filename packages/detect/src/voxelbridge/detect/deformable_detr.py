@@ -3,9 +3,9 @@
 The network knows nothing about pre-training, targets or losses; see `detr_criterion` and `build`.
 """
 
+import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from voxelbridge.core.arch.encoder import Encoder
@@ -16,7 +16,7 @@ from voxelbridge.detect.deform_transformer import (
     TransformerOutput,
 )
 
-GROUP_CHANNELS = 16  # channels per group of the mapper's GroupNorm (nnDetection v2)
+MAPPER_GROUPS = 16  # of the mapper's GroupNorm (nnDetection v2); fewer where they do not divide
 
 
 class ChannelMapper(nn.Module):
@@ -26,7 +26,7 @@ class ChannelMapper(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv3d(channels, width, 1) for channels in in_channels)
         self.norms = nn.ModuleList(
-            nn.GroupNorm(max(width // GROUP_CHANNELS, 1), width) for _ in in_channels
+            nn.GroupNorm(math.gcd(MAPPER_GROUPS, width), width) for _ in in_channels
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -63,6 +63,11 @@ class DeformableDETR(nn.Module):
         self.transformer = transformer
         self.levels = tuple(levels)
 
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Parameters of stages coarser than the levels read: no output depends on them."""
+        coarser = self.encoder.stages[max(self.levels) + 1 :]
+        return [parameter for stage in coarser for parameter in stage.parameters()]
+
     def forward(self, image: Tensor) -> TransformerOutput:
         maps = self.encoder(image)
         return self.transformer(self.projection([maps[level] for level in self.levels]))
@@ -98,7 +103,7 @@ def initialize_transformer(
     for module in transformer.modules():
         if isinstance(module, DeformableAttention):
             module.reset_parameters()
-    prior = -torch.log(torch.tensor((1 - class_prior) / class_prior)).item()
+    prior = -math.log((1 - class_prior) / class_prior)
     for head in transformer.class_heads:
         assert isinstance(head, nn.Linear)
         nn.init.constant_(head.bias, prior)

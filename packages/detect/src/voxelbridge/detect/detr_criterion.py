@@ -6,8 +6,9 @@ and generalised IoU, each divided by the number of objects of the batch (mean ov
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from voxelbridge.detect.boxes import box_giou, centre_size_to_edges, edges_to_centre_size
@@ -98,11 +99,18 @@ class DETRCriterion(nn.Module):
         overlap = box_giou(centre_size_to_edges(boxes.float()), centre_size_to_edges(wanted))
         cost = self.class_cost * (positive - negative)
         cost = cost + self.l1_cost * distance - self.giou_cost * overlap
-        rows, columns = linear_sum_assignment(cost.cpu().numpy())
+        rows, columns = cheapest_pairs(cost.cpu().numpy())
         return (
             torch.as_tensor(rows, dtype=torch.int64, device=logits.device),
             torch.as_tensor(columns, dtype=torch.int64, device=logits.device),
         )
+
+
+def cheapest_pairs(cost: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns of the cheapest one-to-one assignment of a (Q, N) matrix."""
+    from scipy.optimize import linear_sum_assignment  # the losses load without it
+
+    return linear_sum_assignment(cost)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class NetworkShape:
     num_classes: int = 1
     channels: int = 128  # of the pyramid's coarse maps and of the heads
     anchors_per_cell: int = 27
+    upsample_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ def training_memory(
         for stride in cumulative_strides(network.encoder.strides)
     ]
     narrow = CONV_BYTES[precision]
-    values = _encoder_values(network, cells, prod(patch_size)) + _pyramid_values(
-        network, cells, segment=segment
-    )
+    values = encoder_values(
+        network.encoder, cells, prod(patch_size), in_channels=network.in_channels
+    ) + _pyramid_values(network, cells, segment=segment)
     head_cells = sum(cells[level] for level in network.head_levels)
     head_layers = 2 * HEAD_LAYERS * head_cells * network.channels * HEAD_LAYER_BYTES[precision]
     deltas = head_cells * network.anchors_per_cell * 6 * narrow  # kept to scale them per level
@@ -103,10 +104,11 @@ def count_parameters(network: NetworkShape) -> int:
         pyramid += (27 * here + 1) * here  # output
         if level + 1 < len(fpn):
             pyramid += fpn[level + 1] * here * prod(strides[level + 1])  # upsampling
+            pyramid += here if network.upsample_bias else 0
     outputs = network.anchors_per_cell * (network.num_classes + 6)
     towers = 2 * HEAD_LAYERS * (27 * width * width + 2 * width) + (27 * width + 1) * outputs
     return (
-        _encoder_parameters(network)
+        encoder_parameters(network.encoder, in_channels=network.in_channels)
         + pyramid
         + towers
         + len(network.head_levels)
@@ -123,10 +125,14 @@ def pyramid_channels(network: NetworkShape) -> tuple[int, ...]:
     )
 
 
-def _encoder_values(network: NetworkShape, cells: Sequence[int], voxels: int) -> int:
-    """Values that the encoder keeps of one patch; two per convolution: before norm, after all."""
-    encoder = network.encoder
-    total = network.in_channels * voxels
+def encoder_values(
+    encoder: EncoderConfig, cells: Sequence[int], voxels: int, *, in_channels: int
+) -> int:
+    """Values that an encoder keeps of one patch; two per convolution: before norm, after all.
+
+    `cells` are those of each stage's map.
+    """
+    total = in_channels * voxels
     before = encoder.features[0]
     if encoder.kind == "residual":
         total += 2 * voxels * before  # the stem runs at full resolution
@@ -143,23 +149,14 @@ def _encoder_values(network: NetworkShape, cells: Sequence[int], voxels: int) ->
     return total
 
 
-def _pyramid_values(network: NetworkShape, cells: Sequence[int], *, segment: bool) -> int:
-    wanted = {*network.head_levels, *((0,) if segment else ())}
-    return sum(
-        cell * channels * (1 + (level in wanted))
-        for level, (cell, channels) in enumerate(zip(cells, pyramid_channels(network), strict=True))
-        if level >= min(wanted)
-    )
-
-
-def _encoder_parameters(network: NetworkShape) -> int:
-    encoder = network.encoder
+def encoder_parameters(encoder: EncoderConfig, *, in_channels: int) -> int:
+    """Weights of an encoder."""
     bias = int(encoder.conv_bias)
     before, total = encoder.features[0], 0
     if encoder.kind == "residual":
-        total += _conv(network.in_channels, before, encoder.kernels[0], bias)
+        total += _conv(in_channels, before, encoder.kernels[0], bias)
     else:
-        before = network.in_channels
+        before = in_channels
     for features, kernel, blocks in zip(
         encoder.features, encoder.kernels, encoder.blocks, strict=True
     ):
@@ -170,6 +167,15 @@ def _encoder_parameters(network: NetworkShape) -> int:
             total += _conv(before, features, (1, 1, 1), 0)
         before = features
     return total
+
+
+def _pyramid_values(network: NetworkShape, cells: Sequence[int], *, segment: bool) -> int:
+    wanted = {*network.head_levels, *((0,) if segment else ())}
+    return sum(
+        cell * channels * (1 + (level in wanted))
+        for level, (cell, channels) in enumerate(zip(cells, pyramid_channels(network), strict=True))
+        if level >= min(wanted)
+    )
 
 
 def _conv(before: int, after: int, kernel: Triple, bias: int) -> int:

@@ -8,6 +8,7 @@ Shapes: C channels, D H W voxels of the stored (resampled) grid.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from voxelbridge.core.tiles import Triple, tiles
 from voxelbridge.core.train.steps import autocast
-from voxelbridge.detect.box_coder import decode
 from voxelbridge.detect.boxes import flip_boxes
 from voxelbridge.detect.config import DetectConfig, PostProcessing
 from voxelbridge.detect.detections import Detections
@@ -26,9 +26,16 @@ from voxelbridge.detect.postprocess import (
     select_detections,
     tile_center_weights,
 )
-from voxelbridge.detect.retina_unet import RetinaUNet
 
 Axes = tuple[int, ...]
+
+
+class Proposer(Protocol):
+    """A detector, as far as prediction is concerned."""
+
+    def candidates(self, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per patch boxes (A, 6) in voxel edges and class probabilities (A, K)."""
+        ...
 
 
 def mirrorings(count: int) -> list[Axes]:
@@ -43,16 +50,14 @@ def mirrorings(count: int) -> list[Axes]:
 
 @torch.no_grad()
 def detect_in_patches(
-    detector: RetinaUNet, patches: Tensor, post: PostProcessing
+    detector: Proposer, patches: Tensor, post: PostProcessing
 ) -> list[Detections]:
     """Boxes of each patch (B, C, D, H, W) in its voxel edges, best first."""
-    output = detector(patches, segment=False)
-    anchors = output.anchors.boxes()
     depth, height, width = patches.shape[2:]
     return [
         select_detections(
-            decode(deltas.float(), anchors),
-            logits.float().sigmoid(),
+            boxes,
+            probabilities,
             shape=(depth, height, width),
             top_k=post.candidates_per_patch,
             score_threshold=post.min_score,
@@ -60,13 +65,13 @@ def detect_in_patches(
             nms_iou=post.patch_iou,
             max_detections=post.boxes_per_patch,
         )
-        for logits, deltas in zip(output.logits, output.deltas, strict=True)
+        for boxes, probabilities in detector.candidates(patches)
     ]
 
 
 @torch.no_grad()
 def predict_volume(
-    detectors: Sequence[tuple[RetinaUNet, DetectConfig]],
+    detectors: Sequence[tuple[Proposer, DetectConfig]],
     image: NDArray[np.float32],
     *,
     device: torch.device,
@@ -106,7 +111,7 @@ def predict_volume(
 
 
 def _detect_in_windows(
-    detector: RetinaUNet,
+    detector: Proposer,
     config: DetectConfig,
     image: NDArray[np.float32],
     *,

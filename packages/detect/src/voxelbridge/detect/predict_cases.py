@@ -23,6 +23,7 @@ from voxelbridge.core.errors import ConfigError, DataError, VoxelbridgeError
 from voxelbridge.core.files import write_json
 from voxelbridge.core.train.distributed import DeviceChoice, choose_device
 from voxelbridge.core.train.steps import place
+from voxelbridge.detect.build import Detector
 from voxelbridge.detect.config import DetectConfig
 from voxelbridge.detect.detections import Detections
 from voxelbridge.detect.evaluate.tables import BoxTable, write_cases, write_predictions
@@ -30,7 +31,6 @@ from voxelbridge.detect.outputs import write_case_json, write_overlay, write_sli
 from voxelbridge.detect.plan import Plan
 from voxelbridge.detect.predict import predict_volume
 from voxelbridge.detect.predict_inputs import ImageCase, find_images
-from voxelbridge.detect.retina_unet import RetinaUNet
 from voxelbridge.detect.train import load_run
 
 MANIFEST_FILE = "manifest.json"
@@ -124,7 +124,7 @@ def predict_cases(
         )
 
 
-def _load_ensemble(runs: Sequence[Path]) -> tuple[list[tuple[RetinaUNet, DetectConfig]], Plan]:
+def _load_ensemble(runs: Sequence[Path]) -> tuple[list[tuple[Detector, DetectConfig]], Plan]:
     loaded = [load_run(run) for run in runs]
     plan = loaded[0][2]
     for run, (_, _, other) in zip(runs[1:], loaded[1:], strict=True):

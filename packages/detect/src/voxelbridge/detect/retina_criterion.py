@@ -1,20 +1,31 @@
 """The losses of Retina U-Net: named, unweighted; the weights are applied once, in the objective.
 
-nnDetection v2's settings (arXiv 2509.15947, section 2.1): focal loss over all anchors (mean over
-classes, sum over anchors) and L1 on the deltas of positive anchors, both divided by a moving
-average of the number of positive anchors; Dice and cross-entropy of foreground against background.
+nnDetection v2 (arXiv 2509.15947, section 2.1): focal loss over all anchors (mean over classes, sum
+over anchors) and L1 on the deltas of positive anchors, both divided by a moving average of the
+number of positive anchors; Dice and cross-entropy of foreground against background.
+nnDetection v0.1 (arXiv 2106.00817): binary cross-entropy over few anchors of the batch, mined among
+the hard negatives, and generalised IoU of the boxes of the sampled positive ones.
+Letters: B patches, N anchors of a patch, K classes.
 """
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from voxelbridge.detect.box_coder import encode
+from voxelbridge.detect.box_coder import decode, encode
+from voxelbridge.detect.config import RetinaUNetConfig
 from voxelbridge.detect.detections import Targets
-from voxelbridge.detect.losses import sigmoid_focal_loss, soft_dice_loss
+from voxelbridge.detect.losses import (
+    binary_cross_entropy,
+    giou_loss,
+    sigmoid_focal_loss,
+    soft_dice_loss,
+)
 from voxelbridge.detect.matching import match_atss
+from voxelbridge.detect.negatives import sample_hard_negatives
 from voxelbridge.detect.retina_unet import RetinaOutput
 
 BIAS_CORRECTED_STEPS = 5000  # nnDetection v2; later the correction is below float precision
@@ -48,55 +59,125 @@ class PositiveAnchorAverage(nn.Module):
 class RetinaCriterion(nn.Module):
     """Losses `classification`, `box`, `segmentation_ce`, `segmentation_dice` of one batch."""
 
-    def __init__(
-        self,
-        *,
-        candidates: int,
-        focal_gamma: float,
-        focal_alpha: float,
-        normalizer_decay: float,
-    ) -> None:
+    def __init__(self, config: RetinaUNetConfig) -> None:
         super().__init__()
-        self.candidates = candidates
-        self.focal_gamma = focal_gamma
-        self.focal_alpha = focal_alpha
-        self.normalizer = PositiveAnchorAverage(normalizer_decay)
+        self.config = config
+        self.normalizer = PositiveAnchorAverage(config.normalizer_decay)
 
     def forward(
         self, output: RetinaOutput, targets: Sequence[Targets], foreground: Tensor | None
     ) -> dict[str, Tensor]:
         """`foreground` (B, D, H, W) bool; None leaves the segmentation losses out."""
-        anchors = output.anchors.boxes()  # (N, 6)
         matches = [
-            match_atss(target.boxes, output.anchors, candidates=self.candidates)
+            match_atss(target.boxes, output.anchors, candidates=self.config.atss_candidates)
             for target in targets
         ]  # each (N,): background or the row of a box
-        divisor = self.normalizer(sum_of([(match >= 0).sum() for match in matches]))
-        classification, box = [], []
-        for index, (match, target) in enumerate(zip(matches, targets, strict=True)):
-            positive = (match >= 0).nonzero().squeeze(1)
-            rows = match[positive]
-            hot = torch.zeros_like(output.logits[index], dtype=torch.float32)
-            hot[positive, target.labels[rows]] = 1.0
-            focal = sigmoid_focal_loss(
-                output.logits[index], hot, gamma=self.focal_gamma, alpha=self.focal_alpha
-            )
-            classification.append(focal.mean(dim=1).sum())
-            wanted = encode(target.boxes[rows], anchors[positive])
-            box.append((output.deltas[index, positive].float() - wanted).abs().sum())
+        hot = [
+            class_targets(match, target, logits.shape[1])
+            for match, target, logits in zip(matches, targets, output.logits, strict=True)
+        ]
+        match self.config.classification_loss:
+            case "focal":
+                positives = [(match >= 0).nonzero().squeeze(1) for match in matches]
+                divisor = self.normalizer(sum_of([(match >= 0).sum() for match in matches]))
+                classification = self._focal(output.logits, hot) / divisor
+            case "hard_negatives":
+                positives, negatives = self._sample(output.logits, matches)
+                divisor = output.deltas.new_tensor(max(sum(map(len, positives)), 1)).float()
+                classification = sampled_cross_entropy(output.logits, hot, positives, negatives)
+            case _:
+                assert_never(self.config.classification_loss)
         losses = {
-            "classification": sum_of(classification) / divisor,
-            "box": sum_of(box) / divisor,
+            "classification": classification,
+            "box": self._box(output, targets, matches, positives) / divisor,
         }
         if output.segmentation is not None and foreground is not None:
-            logits = output.segmentation.float()
+            logits, smoothing = output.segmentation.float(), self.config.dice_smoothing
             losses["segmentation_ce"] = F.cross_entropy(logits, foreground.long())
             losses["segmentation_dice"] = soft_dice_loss(
-                logits, foreground.long(), smooth_numerator=0.0
+                logits, foreground.long(), smooth_numerator=smoothing
             )
         return losses
+
+    def _focal(self, logits: Tensor, hot: Sequence[Tensor]) -> Tensor:
+        """Mean over classes, sum over all anchors."""
+        gamma, alpha = self.config.focal_gamma, self.config.focal_alpha
+        return sum_of(
+            [
+                sigmoid_focal_loss(patch, wanted, gamma=gamma, alpha=alpha).mean(dim=1).sum()
+                for patch, wanted in zip(logits, hot, strict=True)
+            ]
+        )
+
+    def _sample(
+        self, logits: Tensor, matches: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Rows of the sampled positive and negative anchors of each patch."""
+        settings = self.config.hard_negatives
+        positive = torch.stack(list(matches)).flatten() >= 0  # (B * N,)
+        # Seeded from the stream that a resumed run repeats; validation draws the same each time.
+        seed = int(torch.randint(2**31, ())) if self.training else 0
+        drawn = sample_hard_negatives(
+            positive,
+            ~positive,
+            foreground_probability=logits.detach().float().sigmoid().amax(dim=2).flatten(),
+            num_samples=settings.anchors_per_image * len(matches),
+            positive_fraction=settings.positive_fraction,
+            pool_factor=settings.pool_factor,
+            generator=torch.Generator(logits.device).manual_seed(seed),
+        )
+        positives, negatives = (_per_patch(rows, *logits.shape[:2]) for rows in drawn)
+        return positives, negatives
+
+    def _box(
+        self,
+        output: RetinaOutput,
+        targets: Sequence[Targets],
+        matches: Sequence[Tensor],
+        positives: Sequence[Tensor],
+    ) -> Tensor:
+        """Sum over the positive anchors."""
+        anchors = output.anchors.boxes()  # (N, 6)
+        losses = []
+        for deltas, target, match, rows in zip(
+            output.deltas, targets, matches, positives, strict=True
+        ):
+            wanted, predicted = target.boxes[match[rows]], deltas[rows].float()
+            match self.config.box_loss:
+                case "l1":
+                    loss = (predicted - encode(wanted, anchors[rows])).abs()
+                case "giou":
+                    loss = giou_loss(decode(predicted, anchors[rows]), wanted)
+                case _:
+                    assert_never(self.config.box_loss)
+            losses.append(loss.sum())
+        return sum_of(losses)
+
+
+def class_targets(match: Tensor, target: Targets, num_classes: int) -> Tensor:
+    """One-hot classes (N, K) float32 of matched anchors, zeros for background."""
+    hot = torch.zeros((len(match), num_classes), dtype=torch.float32, device=match.device)
+    positive = (match >= 0).nonzero().squeeze(1)
+    hot[positive, target.labels[match[positive]]] = 1.0
+    return hot
+
+
+def sampled_cross_entropy(
+    logits: Tensor, hot: Sequence[Tensor], positives: Sequence[Tensor], negatives: Sequence[Tensor]
+) -> Tensor:
+    """Mean binary cross-entropy over the sampled anchors of all patches and the classes."""
+    rows = [torch.cat(both) for both in zip(positives, negatives, strict=True)]
+    chosen = torch.cat([patch[row] for patch, row in zip(logits, rows, strict=True)])
+    wanted = torch.cat([patch[row] for patch, row in zip(hot, rows, strict=True)])
+    return binary_cross_entropy(chosen, wanted).sum() / max(chosen.numel(), 1)
 
 
 def sum_of(values: Sequence[Tensor]) -> Tensor:
     """Sum of scalar tensors."""
     return torch.stack(list(values)).sum()
+
+
+def _per_patch(rows: Tensor, patches: int, anchors: int) -> list[Tensor]:
+    """Rows of the whole batch (B * N,) as rows of each patch (N,)."""
+    patch = rows // anchors
+    return [rows[patch == index] - index * anchors for index in range(patches)]

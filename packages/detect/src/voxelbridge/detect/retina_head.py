@@ -7,6 +7,7 @@ K classes, N anchors of all levels.
 
 import math
 from collections.abc import Sequence
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 CHANNELS_PER_GROUP = 16  # nnDetection: group norm with 16 channels in a group
 PRIOR = 0.01  # initial foreground probability of every anchor (focal loss, arXiv 1708.02002)
 WEIGHT_DEVIATION = 0.01
+
+Activation = Literal["leaky_relu", "relu"]  # nnDetection v2, nnDetection v0.1
 
 
 class RetinaHead(nn.Module):
@@ -24,13 +27,19 @@ class RetinaHead(nn.Module):
     """
 
     def __init__(
-        self, channels: int, num_anchors: int, *, num_classes: int, num_levels: int
+        self,
+        channels: int,
+        num_anchors: int,
+        *,
+        num_classes: int,
+        num_levels: int,
+        activation: Activation = "leaky_relu",
     ) -> None:
         super().__init__()
         if channels % CHANNELS_PER_GROUP and channels > CHANNELS_PER_GROUP:
             raise ValueError(f"head channels {channels} are not a multiple of {CHANNELS_PER_GROUP}")
-        self.classifier = _tower(channels, num_anchors * num_classes)
-        self.regressor = _tower(channels, num_anchors * 6)
+        self.classifier = _tower(channels, num_anchors * num_classes, activation)
+        self.regressor = _tower(channels, num_anchors * 6, activation)
         self.level_scales = nn.Parameter(torch.ones(num_levels))
         self.num_classes = num_classes
         self._initialise()
@@ -55,20 +64,30 @@ class RetinaHead(nn.Module):
         nn.init.constant_(output.bias, -math.log((1 - PRIOR) / PRIOR))
 
 
-def _tower(channels: int, outputs: int) -> nn.Sequential:
+def _tower(channels: int, outputs: int, activation: Activation) -> nn.Sequential:
     return nn.Sequential(
-        *_conv_norm_act(channels),
-        *_conv_norm_act(channels),
+        *_conv_norm_act(channels, activation),
+        *_conv_norm_act(channels, activation),
         nn.Conv3d(channels, outputs, kernel_size=3, padding=1),
     )
 
 
-def _conv_norm_act(channels: int) -> tuple[nn.Module, ...]:
+def _conv_norm_act(channels: int, activation: Activation) -> tuple[nn.Module, ...]:
     return (
         nn.Conv3d(channels, channels, kernel_size=3, padding=1, bias=False),
         nn.GroupNorm(max(channels // CHANNELS_PER_GROUP, 1), channels),
-        nn.LeakyReLU(0.01, inplace=True),
+        _activation(activation),
     )
+
+
+def _activation(name: Activation) -> nn.Module:
+    match name:
+        case "leaky_relu":
+            return nn.LeakyReLU(0.01, inplace=True)
+        case "relu":
+            return nn.ReLU(inplace=True)
+        case _:
+            assert_never(name)
 
 
 def _per_anchor(level: Tensor, values: int) -> Tensor:

@@ -14,6 +14,7 @@ from voxelbridge.core.arch.encoder import Encoder
 from voxelbridge.core.arch.ufpn import UFPN
 from voxelbridge.detect.anchor_planning import AnchorSizes
 from voxelbridge.detect.anchors import AnchorGrid, anchor_grid
+from voxelbridge.detect.box_coder import decode
 from voxelbridge.detect.retina_head import RetinaHead
 
 Triple = tuple[int, int, int]
@@ -92,6 +93,15 @@ class RetinaUNet(nn.Module):
             ),
             segmentation=self.segmenter(maps[0]) if segment else None,
         )
+
+    def candidates(self, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per patch boxes (N, 6) in voxel edges and class probabilities (N, K)."""
+        output = self(patches, segment=False)
+        anchors = output.anchors.boxes()
+        return [
+            (decode(deltas.float(), anchors), logits.float().sigmoid())
+            for logits, deltas in zip(output.logits, output.deltas, strict=True)
+        ]
 
     def _levels(self, segment: bool) -> list[int]:
         # Maps finer than the heads serve the segmentation only; without it they are not computed.

@@ -1,26 +1,28 @@
 """Fine-tuning a detector: from a prepared store and an optional checkpoint to a run directory.
 
 A run directory can predict on its own: besides config, metrics and training state it holds the
-plan (spacing, normalisation, classes), the anchors (`detector.json`), the report of what was
-transferred (`transfer.json`) and the weights (`checkpoints/detector.safetensors`).
+plan (spacing, normalisation, classes), the anchors or the number of queries (`detector.json`), the
+report of what was transferred (`transfer.json`) and the weights
+(`checkpoints/detector.safetensors`).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from voxelbridge.core.arch.config import Triple
 from voxelbridge.core.checkpoint import read_checkpoint
 from voxelbridge.core.config import Config, preset_path, validate
 from voxelbridge.core.data.augment import SpatialAugmentation
 from voxelbridge.core.data.batches import step_batches
 from voxelbridge.core.data.case_store import CaseStore
-from voxelbridge.core.errors import CheckpointError, ConfigError
-from voxelbridge.core.files import atomic_write, read_json, sha256_of, write_json
+from voxelbridge.core.errors import ConfigError
+from voxelbridge.core.files import read_json, sha256_of, write_json
 from voxelbridge.core.train.distributed import DeviceChoice, World, join_world
 from voxelbridge.core.train.loop import open_training, report_stop
 from voxelbridge.core.train.optim import build_optimizer
@@ -32,21 +34,23 @@ from voxelbridge.core.transfer import transfer_encoder
 from voxelbridge.detect.anchor_planning import AnchorSizes, plan_anchor_sizes
 from voxelbridge.detect.batches import PatchSampler, case_objects
 from voxelbridge.detect.build import (
-    build_criterion,
+    Detector,
     build_detector,
+    build_objective,
     head_strides,
     load_detect_config,
 )
-from voxelbridge.detect.config import DetectConfig
-from voxelbridge.detect.objective import RetinaObjective
+from voxelbridge.detect.config import DeformableDETRConfig, DetectConfig, RetinaUNetConfig
+from voxelbridge.detect.deformable_detr import DeformableDETR
+from voxelbridge.detect.objective import Objective
 from voxelbridge.detect.plan import Plan, read_plan, write_plan
-from voxelbridge.detect.retina_unet import RetinaUNet
+from voxelbridge.detect.sine_encoding import POSITION_RULE
 from voxelbridge.detect.splits import read_splits
+from voxelbridge.detect.weights import check_position_rule, read_weights, write_weights
 
 KIND = "detect"
 DETECTOR_FILE = "detector.json"
 TRANSFER_FILE = "transfer.json"
-WEIGHTS_FILE = "detector.safetensors"
 VALIDATION_STREAM = 7  # keeps validation patches apart from training patches
 
 
@@ -56,7 +60,9 @@ class DetectorFacts(Config):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     in_channels: int
     num_classes: int
-    anchor_sizes: AnchorSizes
+    anchor_sizes: AnchorSizes | None = None  # Retina U-Net
+    queries: int | None = None  # Deformable DETR
+    position_encoding: str | None = None  # Deformable DETR: the rule of `sine_encoding`
     init_checkpoint_sha256: str | None  # None: trained from scratch
     stem: str | None
 
@@ -84,14 +90,9 @@ def train(
     facts = _detector_facts(config, plan, init=init, stem=stem if init else None)
     with join_world(device) as world, stop_on_signals() as stop:
         torch.manual_seed(config.seed)
-        detector = build_detector(
-            config,
-            in_channels=facts.in_channels,
-            num_classes=facts.num_classes,
-            anchor_sizes=facts.anchor_sizes,
-        )
+        detector = _build(config, facts)
         report = _transfer(detector, init, stem=stem)
-        objective = RetinaObjective(detector, build_criterion(config), config.detector)
+        objective = build_objective(detector, config)
         place(objective, world.device, config.precision)
         optimizer = build_optimizer(config.optim, objective)
         sampler = _sampler(cases, split["train"], config, ranks=world.size)
@@ -127,48 +128,28 @@ def train(
     return run
 
 
-def load_run(run: Path) -> tuple[RetinaUNet, DetectConfig, Plan]:
+def load_run(run: Path) -> tuple[Detector, DetectConfig, Plan]:
     """The trained detector of a run in eval mode, its config and its plan."""
     from voxelbridge.core.run import read_run_config
 
     config = read_run_config(run, DetectConfig, kind=KIND)
     path = run / DETECTOR_FILE
     facts = validate(DetectorFacts, read_json(path), where=str(path))
-    detector = build_detector(
+    detector = _build(config, facts)
+    if isinstance(detector, DeformableDETR):
+        check_position_rule(path, facts.position_encoding)
+    read_weights(run, detector)
+    return detector.eval(), config, read_plan(run)
+
+
+def _build(config: DetectConfig, facts: DetectorFacts) -> Detector:
+    return build_detector(
         config,
         in_channels=facts.in_channels,
         num_classes=facts.num_classes,
         anchor_sizes=facts.anchor_sizes,
+        queries=facts.queries,
     )
-    _read_weights(run, detector)
-    return detector.eval(), config, read_plan(run)
-
-
-def write_weights(run: Path, detector: RetinaUNet) -> None:
-    """The detector's tensors as safetensors, with their hash beside the file."""
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in detector.state_dict().items()}
-    path = run / "checkpoints" / WEIGHTS_FILE
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary)
-    write_json(path.with_suffix(".json"), {"schema": 1, "sha256": sha256_of(path)})
-
-
-def _read_weights(run: Path, detector: RetinaUNet) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = run / "checkpoints" / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{run}: no {WEIGHTS_FILE}; the training has not finished")
-    if sha256_of(path) != read_json(path.with_suffix(".json"))["sha256"]:
-        raise CheckpointError(f"{path}: changed or damaged since it was written")
-    try:
-        detector.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: does not fit its run's config ({first_line})") from error
 
 
 def _fold_of(store: Path, fold: int) -> dict[str, list[str]]:
@@ -181,18 +162,26 @@ def _fold_of(store: Path, fold: int) -> dict[str, list[str]]:
 def _detector_facts(
     config: DetectConfig, plan: Plan, *, init: Path | None, stem: str | None
 ) -> DetectorFacts:
-    return DetectorFacts(
+    facts = DetectorFacts(
         in_channels=len(plan.channel_names),
         num_classes=len(plan.class_names),
-        anchor_sizes=_anchor_sizes(config, plan),
         init_checkpoint_sha256=sha256_of(init) if init else None,
         stem=stem,
     )
+    match config.detector:
+        case RetinaUNetConfig() as detector:
+            sizes = _anchor_sizes(head_strides(config), detector.sizes_per_axis, plan)
+            return facts.model_copy(update={"anchor_sizes": sizes})
+        case DeformableDETRConfig() as detector:
+            queries = detector.queries or plan.num_queries
+            own = {"queries": queries, "position_encoding": POSITION_RULE}
+            return facts.model_copy(update=own)
+        case _:
+            assert_never(config.detector)
 
 
-def _anchor_sizes(config: DetectConfig, plan: Plan) -> AnchorSizes:
+def _anchor_sizes(strides: tuple[Triple, ...], count: int, plan: Plan) -> AnchorSizes:
     """The plan's anchors where the network has its head levels, else others fitted like them."""
-    strides, count = head_strides(config), config.detector.sizes_per_axis
     planned = {len(axis) for level in plan.anchor_sizes for axis in level}
     if strides == plan.head_strides and planned == {count}:
         return plan.anchor_sizes
@@ -202,7 +191,7 @@ def _anchor_sizes(config: DetectConfig, plan: Plan) -> AnchorSizes:
     return plan_anchor_sizes(sizes, strides, sizes_per_axis=count)
 
 
-def _transfer(detector: RetinaUNet, init: Path | None, *, stem: str) -> dict[str, Any]:
+def _transfer(detector: Detector, init: Path | None, *, stem: str) -> dict[str, Any]:
     # Any: JSON values of the report
     if init is None:
         return {"schema": 1, "checkpoint": None}
@@ -247,7 +236,7 @@ def _validates(config: DetectConfig, cases: Sequence[str], step: int) -> bool:
 
 @torch.no_grad()
 def _validate(
-    objective: RetinaObjective,
+    objective: Objective,
     store: CaseStore,
     case_ids: Sequence[str],
     config: DetectConfig,

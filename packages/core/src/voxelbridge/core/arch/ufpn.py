@@ -11,11 +11,12 @@ from voxelbridge.core.arch.config import Triple
 class UFPN(nn.Module):
     """List of encoder maps, finest first -> list of pyramid maps of the levels asked for.
 
-    Per level a 1x1x1 lateral convolution; from coarse to fine a bias-free transposed convolution
-    (kernel = stride) is added; a 3x3x3 convolution per level gives the output. No norm and no
-    activation anywhere. `strides` are input voxels per cell (`encoder.strides`). Levels from
-    `first_level` on have `out_channels`; each finer level has half of them, at least
-    `min_channels`. With six levels of the paper's encoders: 32, 64, 128, 128, 128, 128.
+    Per level a 1x1x1 lateral convolution; from coarse to fine a transposed convolution (kernel =
+    stride; nnDetection v0.1 gives it a bias) is added; a 3x3x3 convolution per level gives the
+    output. No norm and no activation anywhere. `strides` are input voxels per cell
+    (`encoder.strides`). Levels from `first_level` on have `out_channels`; each finer level has half
+    of them, at least `min_channels`. With six levels of the paper's encoders: 32, 64, 128, 128,
+    128, 128.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class UFPN(nn.Module):
         first_level: int = 2,
         min_channels: int = 8,
         kernel: Triple = (3, 3, 3),
+        upsample_bias: bool = False,
     ) -> None:
         super().__init__()
         if len(in_channels) != len(strides):
@@ -43,7 +45,7 @@ class UFPN(nn.Module):
             for before, after in zip(in_channels, self._channels, strict=True)
         )
         self.upsample = nn.ModuleList(
-            nn.ConvTranspose3d(below, here, factor, factor, bias=False)
+            nn.ConvTranspose3d(below, here, factor, factor, bias=upsample_bias)
             for here, below, factor in zip(
                 self._channels[:-1], self._channels[1:], _factors(strides), strict=True
             )

@@ -33,6 +33,6 @@ def content_hashes(volume: Volume) -> tuple[str, ...]:
         digest = hashlib.sha256(repr(channel.shape).encode())
         for plane in channel:  # slice by slice: a whole float32 copy would double the memory
             # + 0.0 turns -0.0 into 0.0, which compare equal and must hash equal
-            digest.update(np.ascontiguousarray(plane, dtype="<f4") + np.float32(0.0))
+            digest.update((np.ascontiguousarray(plane, dtype="<f4") + np.float32(0.0)).data)
         hashes.append(digest.hexdigest())
     return tuple(hashes)

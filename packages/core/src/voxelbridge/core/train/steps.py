@@ -60,21 +60,24 @@ def train_steps(
 
     `objective(batch)` returns named scalar losses with the one to minimise under "total"; it is
     the bare module, wrapped here for several ranks. `batches` gives `accumulation_steps` items per
-    step. `frozen_parts(step)` names the submodules that do not train at a step.
+    step. `frozen_parts(step)` names the submodules that do not train at a step: they run as in
+    inference, keep nothing for a backward pass where their input needs no gradient, and neither
+    weight decay nor running statistics move them.
     """
-    objective.train()
     trainable = [p for p in objective.parameters() if p.requires_grad]
     stream = iter(batches)
     watch = _FiniteWatch(world.device)
-    frozen: tuple[str, ...] | None = None
+    frozen: tuple[str, ...] = ()
     synchronised: nn.Module | None = None
     for step in range(first_step, steps):
-        if frozen_parts(step) != frozen:
+        if synchronised is None or frozen_parts(step) != frozen:
             frozen = frozen_parts(step)
             freeze(objective, frozen, trainable=trainable)
             synchronised = None
             synchronised = world.synchronised(objective)
-        assert synchronised is not None
+            objective.train()
+        for name in frozen:  # at every step: a validation in between ends with train()
+            objective.get_submodule(name).eval()
         rate = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
