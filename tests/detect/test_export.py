@@ -153,9 +153,8 @@ def test_missing_libraries_are_one_line_that_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without(missing: str) -> None:
-        find = importlib.util.find_spec
         monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: None if name == missing else find(name)
+            importlib.util, "find_spec", lambda name: None if name == missing else object()
         )
 
     path, detector = tmp_path / "m.onnx", deformable_detr()
