@@ -7,7 +7,7 @@ check: ## the gate before each commit: format, lint, types, fast tests
 	uv run pytest -q -m "not slow and not gpu"
 
 test: ## everything that needs no GPU
-	uv run pytest -m "not gpu"
+	uv run pytest --all-seeds -m "not gpu"
 
 test-gpu: ## on a machine with a CUDA device
 	uv run pytest -n 0 -m gpu

@@ -25,6 +25,12 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-seeds", action="store_true", help="train with every seed where one is the default"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not any("gpu" in item.keywords for item in items):
         return
