@@ -65,10 +65,7 @@ def training_memory(
     optimizer_states: int = 1,
 ) -> StepMemory:
     """Memory of a step on `batch_size` patches; `optimizer_states` per weight (SGD 1, AdamW 2)."""
-    cells = [
-        prod(-(-edge // step) for edge, step in zip(patch_size, stride, strict=True))
-        for stride in cumulative_strides(network.encoder.strides)
-    ]
+    cells = stage_cells(network.encoder, patch_size)
     narrow = CONV_BYTES[precision]
     values = encoder_values(
         network.encoder, cells, prod(patch_size), in_channels=network.in_channels
@@ -80,14 +77,45 @@ def training_memory(
     loss = head_cells * network.anchors_per_cell * network.num_classes * FOCAL_BYTES
     if segment:
         loss += prod(patch_size) * SEGMENTATION_BYTES
-    parameters = count_parameters(network)
-    copies = parameters * narrow if precision == "bf16" else 0
-    largest = max(cell * width for cell, width in zip(cells, network.encoder.features, strict=True))
+    return step_memory(
+        network.encoder,
+        cells,
+        num_parameters=count_parameters(network),
+        kept=kept,
+        losses=loss,
+        batch_size=batch_size,
+        narrow=narrow,
+        optimizer_states=optimizer_states,
+    )
+
+
+def stage_cells(encoder: EncoderConfig, patch_size: Triple) -> list[int]:
+    """Cells of each stage's map of one patch, finest first."""
+    return [
+        prod(-(-edge // step) for edge, step in zip(patch_size, stride, strict=True))
+        for stride in cumulative_strides(encoder.strides)
+    ]
+
+
+def step_memory(
+    encoder: EncoderConfig,
+    cells: Sequence[int],
+    *,
+    num_parameters: int,
+    kept: int,
+    losses: int,
+    batch_size: int,
+    narrow: int,
+    optimizer_states: int,
+) -> StepMemory:
+    """The parts of a step from the bytes `kept` and those of the `losses` for one patch."""
+    copies = num_parameters * narrow if narrow < 4 else 0  # autocast's
+    largest = max(cell * width for cell, width in zip(cells, encoder.features, strict=True))
     return StepMemory(
-        num_parameters=parameters,
-        weights=parameters * 4 * (2 + optimizer_states) + copies,
+        num_parameters=num_parameters,
+        weights=num_parameters * 4 * (2 + optimizer_states) + copies,
         activations=kept * batch_size,
-        losses=loss * batch_size,
+        losses=losses * batch_size,
         # A layer's gradient is computed while the one that it comes from is still there.
         workspace=2 * largest * narrow * batch_size + RESERVED,
     )

@@ -9,15 +9,16 @@ levels x points).
 from dataclasses import dataclass
 from math import prod
 
-from voxelbridge.core.arch.config import EncoderConfig, Triple, cumulative_strides
+from voxelbridge.core.arch.config import EncoderConfig, Triple
 from voxelbridge.detect.memory_model import (
     CONV_BYTES,
     FOCAL_BYTES,
-    RESERVED,
     Precision,
     StepMemory,
     encoder_parameters,
     encoder_values,
+    stage_cells,
+    step_memory,
 )
 
 WIDE = 4  # bytes: locations, weights and norms stay float32
@@ -54,10 +55,7 @@ def detr_memory(
 
     `fused`: attention runs in one kernel; otherwise the sampled values of every level are kept.
     """
-    cells = [
-        prod(-(-edge // step) for edge, step in zip(patch_size, stride, strict=True))
-        for stride in cumulative_strides(network.encoder.strides)
-    ]
+    cells = stage_cells(network.encoder, patch_size)
     narrow = CONV_BYTES[precision]
     tokens = count_tokens(network, patch_size)
     kept = narrow * encoder_values(
@@ -66,25 +64,22 @@ def detr_memory(
     kept += _transformer_bytes(network, tokens, narrow=narrow, fused=fused)
     queries = network.decoder_blocks * min(network.queries, tokens)
     loss = (tokens + queries) * network.num_classes * FOCAL_BYTES + tokens * BOX_BYTES
-    parameters = count_detr_parameters(network)
-    copies = parameters * narrow if precision == "bf16" else 0
-    largest = max(cell * width for cell, width in zip(cells, network.encoder.features, strict=True))
-    return StepMemory(
-        num_parameters=parameters,
-        weights=parameters * 4 * (2 + optimizer_states) + copies,
-        activations=kept * batch_size,
-        losses=loss * batch_size,
-        workspace=2 * largest * narrow * batch_size + RESERVED,
+    return step_memory(
+        network.encoder,
+        cells,
+        num_parameters=count_detr_parameters(network),
+        kept=kept,
+        losses=loss,
+        batch_size=batch_size,
+        narrow=narrow,
+        optimizer_states=optimizer_states,
     )
 
 
 def count_tokens(network: DETRShape, patch_size: Triple) -> int:
     """Cells of all levels that the transformer reads."""
-    strides = cumulative_strides(network.encoder.strides)
-    return sum(
-        prod(-(-edge // step) for edge, step in zip(patch_size, strides[level], strict=True))
-        for level in network.head_levels
-    )
+    cells = stage_cells(network.encoder, patch_size)
+    return sum(cells[level] for level in network.head_levels)
 
 
 def count_detr_parameters(network: DETRShape) -> int:

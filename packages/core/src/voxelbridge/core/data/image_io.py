@@ -26,6 +26,11 @@ def image_ending(name: str) -> str | None:
     return next((ending for ending in READ_ENDINGS if lower.endswith(ending)), None)
 
 
+def image_stem(name: str) -> str:
+    """A file name without its image ending; other endings stay."""
+    return name[: len(name) - len(image_ending(name) or "")]
+
+
 def read_grid(path: Path, *, frames: Frames = "only") -> Grid:
     """The grid of an image file, from its header and the file's size alone."""
     _check_name(path)

@@ -11,7 +11,13 @@ from voxelbridge.core.data.case_names import safe_case_id, short_hash
 from voxelbridge.core.data.dicom import DicomVolume, find_series, leads_out
 from voxelbridge.core.data.dicom_headers import is_dicom
 from voxelbridge.core.data.dicom_stack import check_allowances
-from voxelbridge.core.data.image_io import READ_ENDINGS, image_ending, read_grid, read_image
+from voxelbridge.core.data.image_io import (
+    READ_ENDINGS,
+    image_ending,
+    image_stem,
+    read_grid,
+    read_image,
+)
 from voxelbridge.core.data.volume import Grid, Volume
 from voxelbridge.core.errors import DataError
 
@@ -39,7 +45,7 @@ class ImageSource:
         """Names under which the image is known elsewhere, "dicom:<SeriesInstanceUID>" or none."""
         if isinstance(self.origin, DicomVolume):
             return () if self.origin.origin_id is None else (self.origin.origin_id,)
-        stem = _stem(self.origin.name)
+        stem = image_stem(self.origin.name)
         return (f"dicom:{stem}",) if len(stem) <= 64 and UID_NAME.fullmatch(stem) else ()
 
     def read(self) -> Volume:
@@ -76,7 +82,7 @@ def find_images(source: Path, *, allow: Collection[str] = ()) -> ImageSources:
         found, refused = _image_files(source)
         dicom = find_series(source, allow=allow)
     elif image_ending(source.name):
-        return ImageSources((ImageSource(safe_case_id([_stem(source.name)]), source),), ())
+        return ImageSources((ImageSource(safe_case_id([image_stem(source.name)]), source),), ())
     elif is_dicom(source):
         found, refused = [], []
         dicom = find_series(source, allow=allow)
@@ -103,7 +109,7 @@ def _image_files(folder: Path) -> tuple[list[tuple[str, str, Path | DicomVolume]
         if leads_out(path, root):
             continue  # refused among the DICOM files, which are searched everywhere
         if path.is_file():
-            parts = (*below.parts[:-1], _stem(path.name))
+            parts = (*below.parts[:-1], image_stem(path.name))
             found.append((safe_case_id(parts), below.as_posix(), path))
         else:
             refused.append(f"{below.as_posix()}: is not a file")
@@ -131,7 +137,3 @@ def _unique(found: list[tuple[str, str, Path | DicomVolume]]) -> Iterator[ImageS
     for name, told, origin in longer:
         clash = counts[name.casefold()] > 1
         yield ImageSource(safe_case_id([name, short_hash(told)]) if clash else name, origin)
-
-
-def _stem(name: str) -> str:
-    return name[: -len(image_ending(name) or "")] if image_ending(name) else name

@@ -8,6 +8,7 @@ from typing import Literal, assert_never
 import numpy as np
 
 from voxelbridge.core.data.dicom import DicomVolume
+from voxelbridge.core.data.image_io import image_stem
 from voxelbridge.core.data.volume import Grid, boxes_from_world_mm
 from voxelbridge.core.errors import DataError
 from voxelbridge.detect.convert.csv_table import Row, Table, read_table
@@ -23,7 +24,6 @@ from voxelbridge.detect.convert.image_files import (
     origins_of,
     ras_to_lps,
     sphere_box,
-    stem_of,
 )
 from voxelbridge.detect.convert.raw_writer import (
     Boxes,
@@ -177,7 +177,7 @@ def _match(table: Table, aliases: Mapping[str, str]) -> tuple[dict[str, str], li
     found: dict[str, str] = {}
     absent = []
     for name in table.rows:
-        stem = stem_of(name.replace("\\", "/").rpartition("/")[2])
+        stem = image_stem(name.replace("\\", "/").rpartition("/")[2])
         parts = CHANNEL.fullmatch(stem)
         candidates = (name, stem, parts["case"] if parts else stem)
         case = next((aliases[choice] for choice in candidates if choice in aliases), None)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from voxelbridge.core.data.dicom import DicomVolume, find_series
-from voxelbridge.core.data.image_io import image_ending, read_grid
+from voxelbridge.core.data.image_io import image_ending, image_stem, read_grid
 from voxelbridge.core.data.volume import Grid, Volume, world_to_edges
 from voxelbridge.core.errors import DataError
 from voxelbridge.detect.convert.raw_writer import RECORDS
@@ -58,12 +58,6 @@ def origins_of(images: Images) -> tuple[str, ...]:
     return ()
 
 
-def stem_of(name: str) -> str:
-    """A file name without its image ending."""
-    ending = image_ending(name)
-    return name if ending is None else name[: -len(ending)]
-
-
 def common_channels(cases: Mapping[str, Images]) -> tuple[str, ...]:
     """Names for the channels of all cases. DataError when cases differ in their number."""
     counts: dict[int, str] = {}
@@ -103,8 +97,8 @@ def clipped_box(box: FloatArray, grid: Grid, *, where: str) -> FloatArray:
 def _find_files(folder: Path) -> dict[str, tuple[Path, ...]]:
     found: dict[str, dict[int, Path]] = {}
     for path in _walk(folder):
-        parts = CHANNEL.fullmatch(stem_of(path.name))
-        case = parts["case"] if parts else stem_of(path.name)
+        parts = CHANNEL.fullmatch(image_stem(path.name))
+        case = parts["case"] if parts else image_stem(path.name)
         channel = int(parts["channel"]) if parts else 0
         other = found.setdefault(case, {}).setdefault(channel, path)
         if other != path:

@@ -12,7 +12,7 @@ from typing import Any, Literal, assert_never
 
 import numpy as np
 
-from voxelbridge.core.data.image_io import read_grid
+from voxelbridge.core.data.image_io import image_stem, read_grid
 from voxelbridge.core.data.volume import Grid, boxes_from_world_mm
 from voxelbridge.core.errors import DataError
 from voxelbridge.core.files import read_json
@@ -22,7 +22,6 @@ from voxelbridge.detect.convert.image_files import (
     clipped_box,
     common_channels,
     ras_to_lps,
-    stem_of,
 )
 from voxelbridge.detect.convert.raw_writer import (
     Boxes,
@@ -229,7 +228,7 @@ def _case_ids(items: Sequence[_Item]) -> dict[str, _Item]:
 
 
 def _stem(item: _Item) -> str:
-    stem = stem_of(item.images[0].name)
+    stem = image_stem(item.images[0].name)
     parts = CHANNEL.fullmatch(stem)
     return parts["case"] if parts else stem
 

@@ -6,18 +6,16 @@ without saying which. Here a series gives one volume: the mean over time or its 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from voxelbridge.core.data.case_names import safe_case_id
-from voxelbridge.core.data.image_io import read_grid, read_image
-from voxelbridge.core.data.volume import Grid, Volume
+from voxelbridge.core.data.image_io import image_stem
 from voxelbridge.pretrain_ssl.sources.scan import (
+    FileImage,
     Scan,
     Source,
     sorted_scans,
-    without_ending,
 )
 
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
@@ -25,22 +23,6 @@ SESSION = re.compile(r"ses-[A-Za-z0-9]+")
 IMAGE_FOLDERS = ("anat", "func", "dwi", "perf", "pet", "ct")  # BIDS "datatypes" that hold images
 
 Frames = Literal["mean", "first"]
-
-
-@dataclass(frozen=True)
-class SeriesImage:
-    """A NIfTI file of one or several frames, which become one volume."""
-
-    path: Path
-    frames: Frames
-
-    def read(self) -> Volume:
-        """(1, D, H, W): the file's only frame, its first one, or the mean of all."""
-        return read_image(self.path, frames=self.frames)
-
-    def read_grid(self) -> Grid:
-        """The grid of one frame, from the header."""
-        return read_grid(self.path, frames=self.frames)
 
 
 def is_bids(folder: Path) -> bool:
@@ -61,13 +43,13 @@ def find_bids(folder: Path, images: Sequence[Path], *, frames: Frames) -> Source
         parts = path.relative_to(folder).parts
         if not SUBJECT.fullmatch(parts[0]) or not _is_kind(path.parent):
             continue
-        name = without_ending(path.name)
+        name = image_stem(path.name)
         session = parts[1] if SESSION.fullmatch(parts[1]) else "ses-"
         patient = f"{folder.name}:{parts[0]}"
         scans.append(
             Scan(
                 safe_case_id((*parts[:-1], name)),
-                SeriesImage(path, frames),
+                FileImage(path, frames),
                 where=str(path),
                 dataset=folder.name,
                 patient=patient,

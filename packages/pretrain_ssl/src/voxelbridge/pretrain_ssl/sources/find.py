@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from voxelbridge.core.data.case_names import safe_case_id
-from voxelbridge.core.data.image_io import image_ending
+from voxelbridge.core.data.image_io import image_ending, image_stem
 from voxelbridge.core.data.sources import find_images
 from voxelbridge.core.errors import ConfigError, DataError
 from voxelbridge.core.files import read_json
@@ -17,7 +17,6 @@ from voxelbridge.pretrain_ssl.sources.scan import (
     Scan,
     Source,
     sorted_scans,
-    without_ending,
 )
 
 ACCEPTED = (
@@ -84,7 +83,7 @@ def _raw_data_set(folder: Path) -> Source:
     origins = read_json(folder / "origins.json") if (folder / "origins.json").is_file() else {}
     scans = []
     for path in _image_files(folder / "imagesTr"):
-        name = safe_case_id((without_ending(path.name),))
+        name = safe_case_id((image_stem(path.name),))
         case = name[:-5] if name[-5:-4] == "_" and name[-4:].isdigit() else name
         patient = f"{folder.name}:{patients.get(case, case)}"
         scans.append(

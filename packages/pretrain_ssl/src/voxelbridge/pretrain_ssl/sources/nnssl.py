@@ -11,6 +11,7 @@ from typing import Any
 import pydantic
 
 from voxelbridge.core.data.case_names import safe_case_id
+from voxelbridge.core.data.image_io import image_stem
 from voxelbridge.core.errors import ConfigError, DataError
 from voxelbridge.core.files import read_json
 from voxelbridge.pretrain_ssl.sources.scan import (
@@ -18,7 +19,6 @@ from voxelbridge.pretrain_ssl.sources.scan import (
     Scan,
     Source,
     sorted_scans,
-    without_ending,
 )
 
 FILE_NAME = "pretrain_data.json"
@@ -130,7 +130,7 @@ def _scan(ids: tuple[str, str, str, str], image: CollectionImage, resolve: _Root
     path = resolve(image.image_path)
     masks = image.associated_masks or AssociatedMasks()
     return Scan(
-        safe_case_id((*ids, without_ending(image.name))),
+        safe_case_id((*ids, image_stem(image.name))),
         FileImage(path),
         where=str(path),
         dataset=f"{collection_name}__{dataset_id}",

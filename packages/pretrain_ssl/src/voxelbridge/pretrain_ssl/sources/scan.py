@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from voxelbridge.core.data.image_io import READ_ENDINGS, read_grid, read_image
+from voxelbridge.core.data.image_io import read_grid, read_image
+from voxelbridge.core.data.nifti import Frames
 from voxelbridge.core.data.volume import Grid, Volume
 from voxelbridge.core.errors import DataError
 
@@ -20,17 +21,18 @@ class Image(Protocol):
 
 @dataclass(frozen=True)
 class FileImage:
-    """An image file as it is."""
+    """An image file; of several frames in a NIfTI file the one volume that `frames` means."""
 
     path: Path
+    frames: Frames = "only"
 
     def read(self) -> Volume:
-        """The file as (1, D, H, W)."""
-        return read_image(self.path)
+        """The volume as (1, D, H, W)."""
+        return read_image(self.path, frames=self.frames)
 
     def read_grid(self) -> Grid:
-        """The grid, from the header."""
-        return read_grid(self.path)
+        """The volume's grid, from the header."""
+        return read_grid(self.path, frames=self.frames)
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,6 @@ class Source:
     scans: tuple[Scan, ...]
     refused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def without_ending(name: str) -> str:
-    """A file name without its image ending; other endings stay."""
-    ending = next((e for e in READ_ENDINGS if name.lower().endswith(e)), "")
-    return name[: len(name) - len(ending)]
 
 
 def sorted_scans(scans: Iterable[Scan]) -> tuple[Scan, ...]:
