@@ -163,7 +163,12 @@ def prepare_case(scan: Scan, *, writer: CaseStoreWriter, settings: PrepareSettin
     if not volume.array.any():
         raise DataError("all voxels are 0; there is nothing to learn from, remove the image")
     provenance = Provenance(
-        patient=scan.patient, origin_ids=scan.origin_ids, content_sha256=content_hashes(volume)
+        patient=scan.patient,
+        origin_ids=scan.origin_ids,
+        content_sha256=content_hashes(volume),
+        dataset=scan.dataset,
+        scan=scan.scan,
+        modality=scan.modality,
     )
     masks = {name: _read_mask(path, volume) for name, path in scan.masks.items()}
     prepared = preprocess_image(volume, settings)
@@ -176,12 +181,7 @@ def prepare_case(scan: Scan, *, writer: CaseStoreWriter, settings: PrepareSettin
         mapping=prepared.mapping,
         masks={name: labels_to_stored(mask, prepared.mapping) for name, mask in masks.items()},
         provenance=provenance,
-        extra={
-            "normalization": [settings.normalization.model_dump(mode="json")],
-            "dataset": scan.dataset,
-            "scan": scan.scan,
-            "modality": scan.modality,
-        },
+        extra={"normalization": [settings.normalization.model_dump(mode="json")]},
     )
 
 

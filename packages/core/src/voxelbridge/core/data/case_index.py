@@ -138,6 +138,9 @@ def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
         "patient": provenance.patient,
         "origins": list(provenance.origin_ids),
         "content_sha256": list(provenance.content_sha256),
+        "dataset": provenance.dataset,
+        "scan": provenance.scan,
+        "modality": provenance.modality,
     }
     return {key: value for key, value in content.items() if value}
 
@@ -148,4 +151,7 @@ def provenance_from_json(content: Mapping[str, Any]) -> Provenance:
         content.get("patient"),
         tuple(content.get("origins", ())),
         tuple(content.get("content_sha256", ())),
+        content.get("dataset"),
+        content.get("scan"),
+        content.get("modality"),
     )

@@ -1,5 +1,7 @@
 """Where the voxels of a stored case come from: its patient, its names elsewhere, its content.
 
+`dataset`, `scan` and `modality` group cases, so that training can draw them by stated shares.
+
 Two stores that share a patient, an origin or a content hash overlap: what was learned on one must
 not be measured on the other.
 """
@@ -19,6 +21,9 @@ class Provenance:
     patient: str | None = None  # unique within its data set only
     origin_ids: tuple[str, ...] = ()  # "space:name", for instance "dicom:1.2.840..."
     content_sha256: tuple[str, ...] = ()  # one per channel, see `content_hashes`
+    dataset: str | None = None
+    scan: str | None = None  # images of one scan show one acquisition
+    modality: str | None = None  # such as "CT" or "T1w", as the source spells it
 
 
 def content_hashes(volume: Volume) -> tuple[str, ...]:
