@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from voxelbridge.core.errors import CheckpointError
+from voxelbridge.core.files import sha256_of
 from voxelbridge.core.train.resume import (
     TrainingState,
     load_state,
     remove_leftovers,
     save_state,
     stop_on_signals,
+    stored_states,
 )
 
 
 def state(step: int) -> TrainingState:
     optimizer = {"state": {0: {"momentum_buffer": torch.full((3,), 0.5)}}, "param_groups": []}
-    meters = [{"count": 2, "sums": {"total": 0.1}}]
+    meters = [{"sums": {"total": 0.1}, "counts": {"total": 2}}]
     return TrainingState(step, {"weight": torch.full((3,), float(step))}, optimizer, meters)
 
 
@@ -43,6 +45,35 @@ def test_only_the_newest_state_is_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_state(tmp_path, state(step))
     assert names(tmp_path) == ["state-00000003.pt", "state.json"]
+
+
+def test_the_newest_states_are_kept_and_named_with_their_hashes(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_state(tmp_path, state(step), keep=3)
+    kept = ["state-00000004.pt", "state-00000003.pt", "state-00000002.pt"]
+    assert names(tmp_path) == [*sorted(kept), "state.json"]
+    stored = stored_states(tmp_path)
+    assert [(s.step, s.file) for s in stored] == list(zip((4, 3, 2), kept, strict=True))
+    assert all(s.sha256 == sha256_of(tmp_path / s.file) for s in stored)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [*sorted(kept), "state.json"]
+
+
+def test_damaged_newest_state_names_the_older_one_which_is_taken_once_it_is_deleted(
+    tmp_path: Path,
+) -> None:
+    for step in (1, 2, 3):
+        save_state(tmp_path, state(step), keep=2)
+    newest = tmp_path / "state-00000003.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"delete it: the run then .* state-00000002\.pt"):
+        load_state(tmp_path)
+    newest.unlink()
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 2
+    save_state(tmp_path, state(3), keep=2)
+    assert [s.step for s in stored_states(tmp_path)] == [3, 2]
 
 
 def test_no_state_is_none(tmp_path: Path) -> None:
@@ -72,15 +103,15 @@ def test_file_outside_the_folder_is_refused(tmp_path: Path) -> None:
     save_state(tmp_path, state(5))
     pointer = json.loads((tmp_path / "state.json").read_text())
     (tmp_path / "state.json").write_text(json.dumps({**pointer, "file": "../state-00000005.pt"}))
-    with pytest.raises(CheckpointError, match="a state in this folder"):
+    with pytest.raises(CheckpointError, match="states in this folder"):
         load_state(tmp_path)
 
 
 def test_newer_schema_is_refused(tmp_path: Path) -> None:
     save_state(tmp_path, state(5))
     pointer = json.loads((tmp_path / "state.json").read_text())
-    (tmp_path / "state.json").write_text(json.dumps({**pointer, "schema": 2}))
-    with pytest.raises(CheckpointError, match="schema 2, this version reads 1"):
+    (tmp_path / "state.json").write_text(json.dumps({**pointer, "schema": 3}))
+    with pytest.raises(CheckpointError, match="schema 3, this version reads 2"):
         load_state(tmp_path)
 
 

@@ -219,6 +219,51 @@ def test_move_keeps_the_shape_of_a_batch() -> None:
     assert moved["targets"][0][1].is_meta
 
 
+def test_move_leaves_names_and_numbers_as_they_are() -> None:
+    batch = {
+        "datasets": ["kits", "lits"],
+        "images": [torch.ones(1, 2), torch.ones(4, 3)],  # ragged
+        "case": None,
+        "spacing": (1.0, 2),
+    }
+    moved = move(batch, torch.device("meta"))
+    assert [image.is_meta for image in moved.pop("images")] == [True, True]
+    assert moved == {"datasets": ["kits", "lits"], "case": None, "spacing": (1.0, 2)}
+
+
+class PerDataset(nn.Module):
+    """The loss of one data set: the batch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        loss = self.weight * batch["x"]
+        return {"total": loss, batch["name"]: loss}
+
+
+def test_loss_of_one_part_only_is_not_divided_by_all_parts() -> None:
+    objective = PerDataset()
+    stream = [{"x": torch.tensor(value), "name": name} for value, name in ((1.0, "a"), (3.0, "b"))]
+    result = next(steps(objective, sgd(objective), stream, last_step=1, accumulation_steps=2))
+    assert {name: float(loss) for name, loss in result.losses.items()} == {
+        "total": 2.0, "a": 1.0, "b": 3.0,
+    }  # fmt: skip
+
+
+def test_late_reading_forgets_nothing_over_many_sets_of_names() -> None:
+    watch = _FiniteWatch(torch.device("cpu"))
+    watch._reads_at_once = False
+    for step in range(200):
+        watch.check(step, {"total": torch.tensor(1.0), f"head {step}": torch.tensor(0.0)})
+        assert len(watch._found) <= 64
+    for step in (200, 201):
+        watch.check(step, {"total": torch.tensor(float("nan")), f"head {step}": torch.tensor(0.0)})
+    with pytest.raises(VoxelbridgeError, match=r"step 200: .*\(total nan, head 200 0\)"):
+        watch.raise_if_found()
+
+
 def test_bf16_autocast_reaches_the_objective() -> None:
     class Records(Regression):
         dtype: torch.dtype | None = None

@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 
 from voxelbridge.core.arch.config import Triple
-from voxelbridge.core.checkpoint import read_checkpoint
 from voxelbridge.core.config import Config, preset_path, validate
 from voxelbridge.core.data.augment import SpatialAugmentation
 from voxelbridge.core.data.batches import step_batches
@@ -26,11 +25,11 @@ from voxelbridge.core.files import read_json, sha256_of, write_json
 from voxelbridge.core.train.distributed import DeviceChoice, World, join_world
 from voxelbridge.core.train.loop import open_training, report_stop
 from voxelbridge.core.train.optim import build_optimizer
+from voxelbridge.core.train.placement import place_objective
 from voxelbridge.core.train.resume import stop_on_signals
 from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
-from voxelbridge.core.train.steps import autocast, move, place
-from voxelbridge.core.transfer import transfer_encoder
+from voxelbridge.core.train.steps import autocast, move
 from voxelbridge.detect.anchor_planning import AnchorSizes, plan_anchor_sizes
 from voxelbridge.detect.batches import PatchSampler, case_objects
 from voxelbridge.detect.build import (
@@ -40,12 +39,18 @@ from voxelbridge.detect.build import (
     head_strides,
     load_detect_config,
 )
-from voxelbridge.detect.config import DeformableDETRConfig, DetectConfig, RetinaUNetConfig
+from voxelbridge.detect.config import (
+    DeformableDETRConfig,
+    DetectConfig,
+    InitParts,
+    RetinaUNetConfig,
+)
 from voxelbridge.detect.deformable_detr import DeformableDETR
 from voxelbridge.detect.objective import Objective
 from voxelbridge.detect.plan import Plan, read_plan, write_plan
 from voxelbridge.detect.sine_encoding import POSITION_RULE
 from voxelbridge.detect.splits import read_splits
+from voxelbridge.detect.take_over import take_over
 from voxelbridge.detect.weights import check_position_rule, read_weights, write_weights
 
 KIND = "detect"
@@ -65,6 +70,7 @@ class DetectorFacts(Config):
     position_encoding: str | None = None  # Deformable DETR: the rule of `sine_encoding`
     init_checkpoint_sha256: str | None  # None: trained from scratch
     stem: str | None
+    init_parts: Literal["encoder+decoder"] | None = None  # None: the encoder, or from scratch
 
 
 def train(
@@ -75,6 +81,7 @@ def train(
     overrides: Sequence[str] = (),
     init: Path | None = None,
     stem: str = "checkpoint",
+    init_parts: InitParts = "encoder",
     fold: int = 0,
     device: DeviceChoice = "auto",
     workers: int = 2,
@@ -87,13 +94,13 @@ def train(
     plan = read_plan(store)
     config = load_detect_config(preset, overrides, plan=plan)
     split = _fold_of(store, fold)
-    facts = _detector_facts(config, plan, init=init, stem=stem if init else None)
+    facts = _detector_facts(config, plan, init=init, stem=stem, init_parts=init_parts)
     with join_world(device) as world, stop_on_signals() as stop:
         torch.manual_seed(config.seed)
         detector = _build(config, facts)
-        report = _transfer(detector, init, stem=stem)
+        report = take_over(detector, init, stem=stem, parts=init_parts)
         objective = build_objective(detector, config)
-        place(objective, world.device, config.precision)
+        place_objective(objective, config, world.device)
         optimizer = build_optimizer(config.optim, objective)
         sampler = _sampler(cases, split["train"], config, ranks=world.size)
         data = {
@@ -160,13 +167,22 @@ def _fold_of(store: Path, fold: int) -> dict[str, list[str]]:
 
 
 def _detector_facts(
-    config: DetectConfig, plan: Plan, *, init: Path | None, stem: str | None
+    config: DetectConfig, plan: Plan, *, init: Path | None, stem: str, init_parts: InitParts
 ) -> DetectorFacts:
+    with_decoder = init_parts == "encoder+decoder"
+    if with_decoder and init is None:
+        raise ConfigError("--init-parts encoder+decoder: needs a checkpoint; give it with --init")
+    if with_decoder and not isinstance(config.detector, RetinaUNetConfig):
+        raise ConfigError(
+            f"--init-parts encoder+decoder: a {config.detector.name} has no decoder that a "
+            "checkpoint could hold; take --init-parts encoder"
+        )
     facts = DetectorFacts(
         in_channels=len(plan.channel_names),
         num_classes=len(plan.class_names),
         init_checkpoint_sha256=sha256_of(init) if init else None,
-        stem=stem,
+        stem=stem if init else None,
+        init_parts="encoder+decoder" if with_decoder else None,
     )
     match config.detector:
         case RetinaUNetConfig() as detector:
@@ -189,23 +205,6 @@ def _anchor_sizes(strides: tuple[Triple, ...], count: int, plan: Plan) -> Anchor
 
     sizes = np.array(plan.object_sizes, dtype=np.float64).reshape(-1, 3)
     return plan_anchor_sizes(sizes, strides, sizes_per_axis=count)
-
-
-def _transfer(detector: Detector, init: Path | None, *, stem: str) -> dict[str, Any]:
-    # Any: JSON values of the report
-    if init is None:
-        return {"schema": 1, "checkpoint": None}
-    checkpoint = read_checkpoint(init)
-    report = transfer_encoder(checkpoint, detector.encoder, stem=stem)
-    print(report.describe())
-    return {
-        "schema": 1,
-        "checkpoint": init.name,
-        "metadata": checkpoint.metadata.model_dump(mode="json", by_alias=True),
-        "loaded": list(report.loaded),
-        "left_at_init": list(report.left_at_init),
-        "unused": list(report.unused),
-    }
 
 
 def _sampler(

@@ -7,7 +7,7 @@ Only rank 0 writes files.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,11 +44,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on at least one rank; every rank must ask."""
+        return self.any_of([flag])[0]
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """`any` for several flags in one exchange; as many on every rank."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(int(flag))
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value)
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(value) for value in values.tolist()]
 
     def gather(self, value: T) -> list[T]:
         """The `value` of every rank, by rank; every rank must call it. Small plain objects only."""

@@ -5,7 +5,8 @@ network, validation) is in `core`, and what would have to be fixed twice lives h
 
     with join_world(device) as world, stop_on_signals() as stop:
         torch.manual_seed(config.seed)                            # the initial weights
-        objective = build_objective(config).to(world.device)      # forward(batch) -> named losses
+        objective = build_objective(config)                       # forward(batch) -> named losses
+        place_objective(objective, config, world.device)          # layout, recomputation, compiler
         optimizer = build_optimizer(config.optim, objective)
         with open_training(
             run, config, kind="detect", world=world, stop=stop, objective=objective,
@@ -23,7 +24,8 @@ network, validation) is in `core`, and what would have to be fixed twice lives h
 `training.steps` runs `train_steps` with the settings of the config, adds the losses to the meter,
 and after the loop's body writes the record of the step and saves the state where due. Values given
 to `training.log` become part of the step's record, which is then written whatever
-`log_every_steps` says, so that a step has one record.
+`log_every_steps` says, so that a step has one record. States are written by a thread; a body that
+ends the run early finds the last one on the disk behind `open_training`.
 """
 
 import time
@@ -33,24 +35,34 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from voxelbridge.core.errors import CheckpointError, ConfigError
 from voxelbridge.core.progress import LINE_EVERY_SECONDS, track
-from voxelbridge.core.run import CONFIG_FILE, Facts, RunDirectory, check_same_config
+from voxelbridge.core.run import CONFIG_FILE, Facts, check_same_config
 from voxelbridge.core.train.distributed import World
-from voxelbridge.core.train.metrics import Meter, MetricsFile, TensorBoard
+from voxelbridge.core.train.estimate import (
+    Estimate,
+    StepClock,
+    peak_memory,
+    reset_peak_memory,
+    state_size,
+)
+from voxelbridge.core.train.metrics import Meter
 from voxelbridge.core.train.resume import (
     StopRequest,
     TrainingState,
     load_state,
-    remove_leftovers,
-    save_state,
 )
+from voxelbridge.core.train.run_files import RunFiles, restore
 from voxelbridge.core.train.schedule import due, frozen_parts_at, learning_rate_at
 from voxelbridge.core.train.settings import TrainingSettings
 from voxelbridge.core.train.steps import GRADIENT_NORM, StepResult, train_steps
+
+DRY_STEPS = 2  # the first one warms up (memory, cuDNN's search, compiler), the second is measured
+LONG_STEP = 20.0  # seconds; a dry run on a CPU, which warms up little, leaves it at one such step
 
 
 class Training:
@@ -66,7 +78,7 @@ class Training:
         stop: StopRequest,
         first_step: int,
         meter: Meter,
-        files: "_Files | None",
+        files: RunFiles | None,
         dry_run: bool = False,
     ) -> None:
         self.first_step = first_step
@@ -78,12 +90,14 @@ class Training:
         self._optimizer = optimizer
         self._world = world
         self._stop = stop
-        self._dry_run = dry_run
-        self._end = 1 if dry_run else settings.schedule.steps
+        self.is_dry_run = dry_run
+        self._end = min(DRY_STEPS, settings.schedule.steps) if dry_run else settings.schedule.steps
         self._meter = meter
         self._files = files
         self._extra: dict[str, float] = {}
-        self._last_line = time.monotonic()
+        self._last_line = self._last_save = time.monotonic()
+        self._clock = StepClock(world.device)
+        self.estimate: Estimate | None = None  # after the steps of a dry run
 
     @property
     def first_pass(self) -> int:
@@ -98,17 +112,22 @@ class Training:
     @property
     def is_finished(self) -> bool:
         """Whether the last step of the schedule is done (never in a dry run)."""
-        return self.next_step == self._settings.schedule.steps and not self._dry_run
+        return self.next_step == self._settings.schedule.steps and not self.is_dry_run
 
     def log(self, values: Mapping[str, float]) -> None:
         """Adds values (validation: names with `val`) to the record of the step in progress."""
         self._extra |= values
 
+    def add_picture(self, name: str, pixels: NDArray[np.uint8]) -> None:
+        """Adds a picture (H, W, 3) of the step in progress to TensorBoard, if that is written."""
+        if self._files:
+            self._files.add_picture(name, pixels, self.next_step)
+
     def steps(self, batches: Iterable[Any]) -> Iterator[StepResult]:  # Any: the objective's batch
         """Trains on `batches` to the end of the schedule or to a signal; yields after each step."""
         results = train_steps(
             self._objective,
-            batches,
+            self._clock.timed(batches),
             self._optimizer,
             world=self._world,
             learning_rate=self._learning_rate,
@@ -120,12 +139,50 @@ class Training:
             seed=self._settings.seed,
             frozen_parts=lambda step: frozen_parts_at(self._settings.schedule, step),
         )
+        if self.is_dry_run:
+            yield from self._measured(results)
+            return
+        start = time.monotonic()
         for result in self._shown(results):
             self._meter.add({**result.losses, GRADIENT_NORM: result.gradient_norm})
             yield result
             self.next_step = result.step + 1
             if self._after(result):
-                return
+                break
+        if self._world.is_main and self.next_step > self.first_step:
+            seconds = time.monotonic() - start
+            share = self._clock.waited / max(seconds, 1e-9)
+            print(f"waited for batches in {share:.1%} of {seconds:.0f} s", flush=True)
+
+    def _measured(self, results: Iterator[StepResult]) -> Iterator[StepResult]:
+        """The steps of a dry run; prints what they say about the whole run."""
+        device, settings = self._world.device, self._settings
+        reset_peak_memory(device)
+        for result, computed, waited in self._clock.measured(results):
+            self._meter.add({**result.losses, GRADIENT_NORM: result.gradient_norm})
+            yield result
+            self.next_step = result.step + 1
+            result.require_finite()
+            self._write_record(result)
+            own = (computed, waited, peak_memory(device))
+            slowest, longest_wait, peak = (
+                max(values) for values in zip(*self._world.gather(own), strict=True)
+            )
+            self.estimate = Estimate(
+                slowest,
+                longest_wait,
+                settings.schedule.steps,
+                int(peak),
+                state_size(self._objective, self._optimizer),
+                settings.keep_checkpoints,
+            )
+            if self._world.any(self._stop.is_set):
+                self.stopped_by = self._stopping_signal()
+                break
+            if device.type == "cpu" and slowest > LONG_STEP:
+                break
+        if self._world.is_main and self.estimate:
+            print(self.estimate.describe(), flush=True)
 
     def _after(self, result: StepResult) -> bool:
         """Logs and saves what is due; true if a signal ends the training here."""
@@ -133,12 +190,17 @@ class Training:
         if self._extra or is_last or due(self._settings.log_every_steps, result.step):
             result.require_finite()
             self._write_record(result)
-        stopping = self._world.any(self._stop.is_set)
-        if stopping or is_last or due(self._settings.checkpoint_every_steps, result.step):
+        if self._files:
+            self._files.states.raise_if_failed()
+        stopping, time_is_up = self._world.any_of([self._stop.is_set, self._save_is_overdue()])
+        saving = time_is_up or due(self._settings.checkpoint_every_steps, result.step)
+        if stopping or is_last or saving:
             result.require_finite()
             self._save()
+        if self._files and (stopping or is_last):
+            self._files.states.wait()  # who sees the end may rely on the state
         if stopping and not is_last:
-            self.stopped_by = self._stop.signal.name if self._stop.signal else "another rank"
+            self.stopped_by = self._stopping_signal()
         return self.stopped_by is not None
 
     def _write_record(self, result: StepResult) -> None:
@@ -153,14 +215,23 @@ class Training:
         if self._world.is_main:
             self._print(record)
 
+    def _stopping_signal(self) -> str:
+        return self._stop.signal.name if self._stop.signal else "another rank"
+
+    def _save_is_overdue(self) -> bool:
+        minutes = self._settings.checkpoint_every_minutes
+        if minutes is None or not self._world.is_main:  # one clock decides for all ranks
+            return False
+        return time.monotonic() - self._last_save >= 60 * minutes
+
     def _save(self) -> None:
+        self._last_save = time.monotonic()
         meters = self._world.gather(self._meter.state())
         if self._files:
-            self._files.metrics.flush_to_disk()
             state = TrainingState(
                 self.next_step, self._objective.state_dict(), self._optimizer.state_dict(), meters
             )
-            save_state(self._files.run.checkpoints, state)
+            self._files.states.save(state)
 
     def _print(self, record: Mapping[str, float]) -> None:
         is_last = self.next_step == self._end
@@ -197,8 +268,9 @@ def open_training(
     """The training of `objective` in the directory `run`, continued where a state is there.
 
     `facts` go to `data.json` and must be the same at every start; `arguments` (paths, workers) are
-    recorded only. A dry run checks the config of an existing directory, trains one step and
-    writes nothing. Raises what `RunDirectory.open_or_create` and `load_state` raise.
+    recorded only. A dry run checks the config of an existing directory, trains one or two steps,
+    prints what they say about time, memory and disk (`Training.estimate`) and writes nothing.
+    Raises what `RunDirectory.open_or_create` and `load_state` raise.
     """
     if dry_run:
         if (run / CONFIG_FILE).exists():
@@ -211,14 +283,14 @@ def open_training(
     with ExitStack() as stack:
         files = None
         if world.is_main:
-            files = _Files(stack, run, settings, kind=kind, tensorboard=tensorboard)
+            files = RunFiles(stack, run, settings, kind=kind, tensorboard=tensorboard)
             files.run.keep("data.json", facts)
             files.run.record_start(device=str(world.device), arguments=arguments)
         world.gather(None)  # the other ranks wait until the directory is checked
         meter = Meter()
         state = load_state(run / "checkpoints")
         if state is not None:
-            _restore(state, objective, optimizer, meter, world, run)
+            restore(state, objective, optimizer, meter, world, run)
         yield Training(
             settings, objective, optimizer, world=world, stop=stop,
             first_step=state.step if state else 0, meter=meter, files=files,
@@ -229,63 +301,10 @@ def report_stop(training: Training) -> None:
     """Says that a signal ended the training early; after Ctrl-C raises KeyboardInterrupt."""
     if training.stopped_by is None:
         return
-    if training.is_main:
+    if training.is_main and not training.is_dry_run:
         print(
             f"stopped by {training.stopped_by} after step {training.next_step - 1}; "
             "the state is saved: the same command goes on from here"
         )
     if training.stopped_by == SIGINT.name:
         raise KeyboardInterrupt
-
-
-class _Files:
-    """What rank 0 has open in the run directory; closed by the given stack."""
-
-    def __init__(
-        self,
-        stack: ExitStack,
-        path: Path,
-        settings: TrainingSettings,
-        *,
-        kind: str,
-        tensorboard: bool,
-    ) -> None:
-        self.run = stack.enter_context(RunDirectory.open_or_create(path, settings, kind=kind))
-        remove_leftovers(self.run.checkpoints)
-        self.metrics = MetricsFile(self.run.metrics)
-        stack.callback(self.metrics.close)
-        self._board = TensorBoard(path / "tensorboard") if tensorboard else None
-        if self._board:
-            stack.callback(self._board.close)
-
-    def write(self, record: Mapping[str, float]) -> None:
-        self.metrics.write(record)
-        if self._board:
-            self._board.write(record)
-
-
-def _restore(
-    state: TrainingState,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    meter: Meter,
-    world: World,
-    run: Path,
-) -> None:
-    if len(state.meters) != world.size:
-        raise ConfigError(
-            f"{run}: the run was started with {len(state.meters)} ranks, now there are "
-            f"{world.size}; use torchrun --nproc-per-node as before, or another run directory"
-        )
-    try:
-        objective.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
-    except (RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{run}: the saved state does not fit the network ({first_line}); the code or the data "
-            "changed since: take another run directory"
-        ) from error
-    meter.load_state(state.meters[world.rank])
-    if world.is_main:
-        print(f"resuming {run} after step {state.step - 1}")

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from voxelbridge.core.errors import ConfigError, DataError
@@ -19,22 +21,21 @@ Record = dict[str, float]
 class Meter:
     """Running means of named values; sums stay on the values' device until they are read.
 
-    Sums are float64 and travel in the training state, so that a killed and resumed run writes the
-    same means as an undisturbed one.
+    The mean of a name is over the additions in which it occurred (the loss of a data set: over the
+    steps that had a patch of it). Sums are float64 and travel in the training state, so that a
+    killed and resumed run writes the same means as an undisturbed one.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Adds one set of scalars; the names must be the same from one reading to the next."""
-        if self._count and values.keys() != self._sums.keys():
-            raise ValueError(f"meter: got {sorted(values)}, expected {sorted(self._sums)}")
+        """Adds one set of scalars; the names may differ from one addition to the next."""
         for name, value in values.items():
             term = value.detach().double()
-            self._sums[name] = self._sums[name] + term if self._count else term
-        self._count += 1
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self, world: World) -> Record:
         """Means over all additions of all ranks since the last reset (one device sync)."""
@@ -42,18 +43,17 @@ class Meter:
 
     def reset(self) -> None:
         """Forgets everything added so far."""
-        self._sums, self._count = {}, 0
+        self._sums, self._counts = {}, {}
 
     def state(self) -> dict[str, Any]:  # Any: JSON-like tree
-        """Sums and count as plain numbers; reading them waits for the device once."""
-        if not self._sums:
-            return {"count": 0, "sums": {}}
-        values = torch.stack(list(self._sums.values())).tolist()
-        return {"count": self._count, "sums": dict(zip(self._sums, values, strict=True))}
+        """Sums and counts by name as plain numbers; reading them waits for the device once."""
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        sums = dict(zip(self._sums, values, strict=True))
+        return {"sums": sums, "counts": dict(self._counts)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # Any: as `state` gives it
         """Continues from what `state` returned."""
-        self._count = int(state["count"])
+        self._counts = {name: int(count) for name, count in state["counts"].items()}
         self._sums = {
             name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()
         }
@@ -61,9 +61,13 @@ class Meter:
 
 def mean_of_meters(states: list[dict[str, Any]]) -> Record:  # Any: as `Meter.state` gives it
     """Means over several ranks' `Meter.state()`; empty when nothing was added."""
-    count = sum(state["count"] for state in states)
-    names = next((state["sums"] for state in states if state["count"]), {})
-    return {name: sum(state["sums"].get(name, 0.0) for state in states) / count for name in names}
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for state in states:
+        for name, value in state["sums"].items():
+            sums[name] = sums.get(name, 0.0) + value
+            counts[name] = counts.get(name, 0) + state["counts"][name]
+    return {name: sums[name] / counts[name] for name in sums}
 
 
 class MetricsFile:
@@ -74,12 +78,17 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         _cut_torn_tail(path)
+        self._path = path
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, float]) -> None:
         """Appends one record and hands it to the operating system."""
-        self._stream.write(json.dumps(dict(record), allow_nan=False) + "\n")
-        self._stream.flush()
+        line = json.dumps(dict(record), allow_nan=False) + "\n"
+        try:
+            self._stream.write(line)
+            self._stream.flush()
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be written ({error.strerror})") from error
 
     def flush_to_disk(self) -> None:
         """Waits until the records are on the disk; a state saved afterwards never outruns them."""
@@ -107,6 +116,10 @@ class TensorBoard:
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, int(record["step"]))
+
+    def add_picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Adds a picture (H, W, 3)."""
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Writes what is pending and closes the file."""

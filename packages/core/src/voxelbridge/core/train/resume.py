@@ -1,9 +1,11 @@
 """Training state on disk, and signals that ask for it.
 
 Layout: RUN/checkpoints/state-STEP.pt (what torch.save writes) and RUN/checkpoints/state.json
-(`schema`, `step`, `file`, `sha256`). state.json is replaced last and names the file that counts, so
-a process killed at any moment leaves the previous state or the new one. The hash is verified
-before anything is read.
+(`schema`, `step`, `file`, `sha256`, and the same of the `older` states that are kept, newest
+first). state.json is replaced last and names the files that count, so a process killed at any
+moment leaves the previous state or the new one. The hash is verified before anything is read. A
+damaged newest state is an error that names the older one; whoever deletes the damaged file goes on
+from that one.
 
 Signals: SIGTERM and SIGUSR1 end the training after the step in progress, with the state saved and
 exit status 0 (a batch system's notice that time is up; the same command goes on). The first Ctrl-C
@@ -14,16 +16,16 @@ import hashlib
 import io
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
-from voxelbridge.core.errors import CheckpointError
+from voxelbridge.core.errors import CheckpointError, DataError
 from voxelbridge.core.files import (
     atomic_write,
     read_json,
@@ -32,7 +34,7 @@ from voxelbridge.core.files import (
     write_json,
 )
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 POINTER = "state.json"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -47,32 +49,60 @@ class TrainingState:
     meters: list[dict[str, Any]]  # Any: `Meter.state()` of every rank
 
 
-def save_state(folder: Path, state: TrainingState) -> None:
-    """Writes `state` to `folder`, then removes the previous one."""
+@dataclass(frozen=True)
+class StoredState:
+    """One state that `state.json` names; `step` is `TrainingState.step`."""
+
+    step: int
+    file: str
+    sha256: str
+
+
+def save_state(folder: Path, state: TrainingState, *, keep: int = 1) -> None:
+    """Writes `state` to `folder`, then removes all but the `keep` newest; DataError if it cannot.
+
+    What was there before stays valid until the new state is complete.
+    """
+    older = stored_states(folder)
     target = folder / f"state-{state.step:08d}.pt"
     with atomic_write(target) as temporary:
-        torch.save(vars(state), temporary)
+        try:
+            torch.save(vars(state), temporary)
+        except RuntimeError as error:  # torch's writer does not tell what the system said
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{target}: cannot be written, is the disk full? ({reason})") from error
         digest = sha256_of(temporary)
-    pointer = {"schema": STATE_SCHEMA, "step": state.step, "file": target.name, "sha256": digest}
+    newest = StoredState(state.step, target.name, digest)
+    kept = [s for s in older if s.step < state.step and (folder / s.file).exists()]
+    older = kept[: keep - 1]
+    pointer = {"schema": STATE_SCHEMA, **asdict(newest), "older": [asdict(s) for s in older]}
     write_json(folder / POINTER, pointer)
-    _remove_others(folder, target.name)
+    _remove_others(folder, [newest, *older])
 
 
 def load_state(folder: Path) -> TrainingState | None:
-    """The state in `folder`, tensors on the CPU; None where none was ever completed.
+    """The newest state in `folder`, tensors on the CPU; None where none was ever completed.
 
-    A changed, missing or newer file is a CheckpointError.
+    A changed or newer file is a CheckpointError. One that was deleted is passed over for the next
+    older state that is kept; if none is left, that is a CheckpointError too.
     """
-    if not (folder / POINTER).exists():
+    states = stored_states(folder)
+    if not states:
         return None
-    pointer = _read_pointer(folder / POINTER)
-    path = folder / pointer["file"]
+    present = [state for state in states if (folder / state.file).exists()]
+    newest, *older = present or states
     advice = "restore the file from a backup, or delete the folder of the run to start again"
+    if older:
+        advice = (
+            f"restore the file from a backup, or delete it: the run then goes on from "
+            f"{older[0].file}"
+        )
+    path = folder / newest.file
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
-    if hashlib.sha256(content).hexdigest() != pointer["sha256"]:
+    if hashlib.sha256(content).hexdigest() != newest.sha256:
         raise CheckpointError(f"{path}: changed or damaged since it was saved; {advice}")
     try:
         tree = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # noqa: TID251
@@ -81,11 +111,16 @@ def load_state(folder: Path) -> TrainingState | None:
         raise CheckpointError(f"{path}: not a training state ({error}); {advice}") from error
 
 
+def stored_states(folder: Path) -> list[StoredState]:
+    """What `state.json` in `folder` names, newest first; empty where there is none."""
+    pointer = folder / POINTER
+    return _read_pointer(pointer) if pointer.exists() else []
+
+
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed process left half-done in `folder` (by the owner of the run only)."""
     remove_partial_files(folder)
-    pointer = folder / POINTER
-    _remove_others(folder, _read_pointer(pointer)["file"] if pointer.exists() else "")
+    _remove_others(folder, stored_states(folder))
 
 
 class StopRequest:
@@ -128,18 +163,26 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _read_pointer(path: Path) -> dict[str, Any]:  # Any: checked JSON
+def _read_pointer(path: Path) -> list[StoredState]:
     pointer = read_json(path)
     if not isinstance(pointer, dict) or pointer.get("schema") != STATE_SCHEMA:
         schema = pointer.get("schema") if isinstance(pointer, dict) else None
         raise CheckpointError(f"{path}: schema {schema}, this version reads {STATE_SCHEMA}")
-    keys_are_there = {"file", "sha256", "step"} <= pointer.keys()
-    if not keys_are_there or Path(pointer["file"]).name != pointer["file"]:
-        raise CheckpointError(f"{path}: expected step, file and sha256 of a state in this folder")
-    return pointer
+    try:
+        states = [
+            StoredState(entry["step"], entry["file"], entry["sha256"])
+            for entry in (pointer, *pointer["older"])
+        ]
+        inside = all(Path(state.file).name == state.file for state in states)
+    except (KeyError, TypeError):
+        inside, states = False, []
+    if not inside:
+        raise CheckpointError(f"{path}: expected step, file and sha256 of states in this folder")
+    return states
 
 
-def _remove_others(folder: Path, kept: str) -> None:
+def _remove_others(folder: Path, kept: Sequence[StoredState]) -> None:
+    names = {state.file for state in kept}
     for path in folder.glob("state-*.pt"):
-        if path.name != kept:
+        if path.name not in names:
             path.unlink(missing_ok=True)

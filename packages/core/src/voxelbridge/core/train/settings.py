@@ -8,6 +8,7 @@ from voxelbridge.core.config import Config
 from voxelbridge.core.errors import ConfigError
 from voxelbridge.core.train.optim import Optim
 from voxelbridge.core.train.schedule import PolySchedule
+from voxelbridge.core.train.steps import MemoryFormat
 
 PatchSize = tuple[PositiveInt, PositiveInt, PositiveInt]  # voxels, z y x
 
@@ -27,6 +28,13 @@ class TrainingSettings(Config):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every_steps: PositiveInt = 50
     checkpoint_every_steps: PositiveInt = 1000
+    checkpoint_every_minutes: Annotated[float, Field(gt=0)] | None = None  # as well, by rank 0
+    keep_checkpoints: PositiveInt = 1  # newest training states that stay on the disk
+    memory_format: MemoryFormat = "auto"  # see `place`
+    compile: bool = False  # torch.compile of the objective's forward
+    activation_checkpointing: Annotated[int, Field(ge=0)] = (
+        0  # finest encoder stages whose activations the backward pass computes again
+    )
 
 
 def patches_per_pass(settings: TrainingSettings, *, ranks: int) -> int:
