@@ -22,7 +22,6 @@ from voxelbridge.detect.evaluate.assign import true_positive_flags
 from voxelbridge.detect.evaluate.metrics import compute_metrics
 from voxelbridge.detect.evaluate.tables import BoxTable
 from voxelbridge.detect.report import Arm, CaseImage, write_report
-from voxelbridge.detect.report_charts import Axis, Line, line_chart, linear_axis, smoothed
 from voxelbridge.detect.report_images import MAX_SIDE, case_pictures, pictures_size
 from voxelbridge.detect.report_outcomes import (
     FALSE,
@@ -455,37 +454,3 @@ def test_error_links_name_case_arm_and_row(write: Callable[..., Page]) -> None:
     links = [link for link in page.values("a", "href") if "=" in link]
     assert "#case=case_a&arm=my+arm&iou=0.10&object=t1" in links
     assert "#case=case_c&arm=my+arm&iou=0.10&object=p4" in links
-
-
-@PAGE_CHECKS
-@given(values=st.lists(st.floats(-1e9, 1e9), max_size=20))
-def test_axis_holds_all_values_and_few_ticks(values: list[float]) -> None:
-    axis = linear_axis("loss", [np.array(values)])
-    assert all(axis.low <= value <= axis.high for value in values)
-    assert 2 <= len(axis.ticks) <= 12
-    slack = 1e-9 * (axis.high - axis.low) + 1e-12 * max(map(abs, values), default=0)
-    assert all(axis.low - slack <= tick <= axis.high + slack for tick, _ in axis.ticks)
-
-
-def test_names_at_line_ends_do_not_overlap() -> None:
-    axis = Axis("share", 0.0, 1.0, [(0.0, "0"), (1.0, "1")])
-    lines = [
-        Line("arm" * 9, str(k), np.array([0.0, 1.0]), np.array([0.0, 0.0]), k) for k in range(5)
-    ]
-    chart = line_chart("many", lines, x=axis, y=axis)
-    labels = re.findall(r'<path class="leader".*?<text x="\d+" y="([\d.]+)">(.*?)</text>', chart)
-    tops = sorted(float(top) for top, _ in labels)
-    assert len(tops) == 5
-    assert min(np.diff(tops)) >= 14.9
-    assert all(len(text) <= 17 for _, text in labels)
-
-
-def test_log_axis_spreads_octaves_evenly() -> None:
-    axis = Axis("rate", 1 / 8, 8, [], scale="log")
-    positions = axis.position(np.array([0.0, 1 / 8, 1, 8, 99]))
-    assert positions.tolist() == pytest.approx([0, 0, 0.5, 1, 1])
-
-
-def test_running_median_ignores_a_spike_and_keeps_the_length() -> None:
-    values = np.array([1.0, 1.0, 50.0, 1.0, 1.0])
-    assert smoothed(values, window=3).tolist() == [1.0, 1.0, 1.0, 1.0, 1.0]

@@ -7,14 +7,15 @@ person sees without JavaScript are the tables, charts and lists; the case viewer
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from voxelbridge.core.files import atomic_write
-from voxelbridge.detect.report_curves import evaluation_charts, loss_charts
+from voxelbridge.core.report.losses import loss_charts, training_charts
+from voxelbridge.core.report.page import Section, html_page, notes_list
+from voxelbridge.detect.report_curves import evaluation_charts
 from voxelbridge.detect.report_images import CaseImage
 from voxelbridge.detect.report_outcomes import (
     FALSE,
@@ -26,7 +27,6 @@ from voxelbridge.detect.report_outcomes import (
 )
 from voxelbridge.detect.report_tables import (
     class_table,
-    facts_list,
     figure_text,
     froc_table,
     summary_table,
@@ -64,61 +64,31 @@ def write_report(
     ]
     content = viewer_content(arms, outcomes, case_images, class_names)
     sections = [
-        ("result", "Result", _result(arms, class_names, notes)),
-        ("curves", "Curves", _curves(arms, class_names, keys)),
-        ("cases", "Cases", _viewer(content)),
-        (
-            "errors",
-            "Worst errors",
-            _errors(arms, outcomes, class_names, keys[0]),
-        ),
-        ("training", "Training", _training(arms, pretraining_records)),
+        Section("result", "Result", _result(arms, class_names, notes)),
+        Section("curves", "Curves", _curves(arms, class_names, keys)),
+        Section("cases", "Cases", _viewer(content)),
+        Section("errors", "Worst errors", _errors(arms, outcomes, class_names, keys[0])),
+        Section("training", "Training", _training(arms, pretraining_records)),
     ]
-    page = _page(title, _lede(arms), facts_list(facts), sections, content)
+    page = html_page(
+        title,
+        sections,
+        lede=_lede(arms),
+        facts=facts,
+        distribution="voxelbridge-detect",
+        style=(files("voxelbridge.detect") / "report_assets" / "report.css").read_text("utf-8"),
+        tail=_tail(content),
+    )
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _page(
-    title: str,
-    lede: str,
-    facts: str,
-    sections: Sequence[tuple[str, str, str]],
-    content: Mapping[str, Any],
-) -> str:
-    assets = files("voxelbridge.detect") / "report_assets"
-    style = (assets / "report.css").read_text(encoding="utf-8")
-    script = (assets / "report.js").read_text(encoding="utf-8")
-    links = "".join(f'<li><a href="#{key}">{escape(name)}</a></li>' for key, name, _ in sections)
-    body = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title">'
-        f'<h2 id="{key}-title">{escape(name)}</h2>{html}</section>\n'
-        for key, name, html in sections
+def _tail(content: Mapping[str, Any]) -> str:
+    script = (files("voxelbridge.detect") / "report_assets" / "report.js").read_text("utf-8")
+    return (
+        f'<script type="application/json" id="report-data">{_script_json(content)}</script>\n'
+        f"<script>\n{script}</script>\n"
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="voxelbridge-detect {escape(version("voxelbridge-detect"))}">
-<title>{escape(title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<header><h1>{escape(title)}</h1><p class="lede">{lede}</p>{facts}</header>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-<main>
-{body}</main>
-<footer><p><strong>Research use only, not a medical device.</strong> Written by voxelbridge-detect
-{escape(version("voxelbridge-detect"))}; this file needs no network.</p></footer>
-<script type="application/json" id="report-data">{_script_json(content)}</script>
-<script>
-{script}</script>
-</body>
-</html>
-"""
 
 
 def _lede(arms: Sequence[Arm]) -> str:
@@ -152,9 +122,7 @@ def _result(arms: Sequence[Arm], class_names: Sequence[str], notes: Sequence[str
         )
     parts.append(froc_table(names, metrics, next(iter(metrics[0]["froc"]))))
     parts.append(class_table(names, metrics, class_names, objects))
-    if notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-        parts.append(f'<ul class="notes">{items}</ul>')
+    parts.append(notes_list(notes))
     return "".join(parts)
 
 
@@ -174,7 +142,7 @@ def _training(arms: Sequence[Arm], pretraining_records: Sequence[Mapping[str, An
     parts = []
     if pretraining_records:
         parts.append("<h3>Pre-training</h3>")
-        parts.append(loss_charts([("loss", pretraining_records)]))
+        parts.append(training_charts(pretraining_records))
     parts.append("<h3>Fine-tuning</h3>")
     parts.append(loss_charts([(arm.name, arm.records) for arm in arms]))
     return "".join(parts)

@@ -1,13 +1,13 @@
 """The figures of a report as HTML tables, from metrics.json objects."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
+
+from voxelbridge.core.report.page import NOT_DEFINED, figure_cell, figures_table
 
 Metrics = Mapping[str, Any]  # Any: the parsed metrics.json object (docs/formats/predictions.md)
 
 FPPI_NAMES = ("1/8", "1/4", "1/2", "1", "2", "4", "8")
-NOT_DEFINED = '<span class="none" title="not defined: no object of this kind">n/a</span>'
 
 
 def summary_table(names: Sequence[str], metrics: Sequence[Metrics]) -> str:
@@ -19,11 +19,11 @@ def summary_table(names: Sequence[str], metrics: Sequence[Metrics]) -> str:
     for name, entry in zip(names, metrics, strict=True):
         intervals = entry.get("bootstrap", {})
         cells = [
-            _figure(entry["ap"][key]["map"]) + _interval(intervals.get("map", {}).get(key))
+            figure_cell(entry["ap"][key]["map"]) + _interval(intervals.get("map", {}).get(key))
             for key in thresholds
         ]
         cells += [
-            _figure(entry["froc"][key]["pooled"]["mean"])
+            figure_cell(entry["froc"][key]["pooled"]["mean"])
             + _interval(intervals.get("froc", {}).get(key))
             for key in metrics[0]["froc"]
         ]
@@ -35,18 +35,19 @@ def summary_table(names: Sequence[str], metrics: Sequence[Metrics]) -> str:
     caption = (
         "mAP: mean average precision over classes; FROC: mean sensitivity at the 7 rates below"
     )
-    return _table(caption, "arm", heads, rows)
+    return figures_table(caption, "arm", heads, rows)
 
 
 def froc_table(names: Sequence[str], metrics: Sequence[Metrics], key: str) -> str:
     """Sensitivity at 1/8 to 8 false positives per image, all classes pooled, at IoU `key`."""
     values = [entry["froc"][key]["pooled"]["sensitivity"] for entry in metrics]
     rows = [
-        (name, [_figure(value) for value in row]) for name, row in zip(names, values, strict=True)
+        (name, [figure_cell(value) for value in row])
+        for name, row in zip(names, values, strict=True)
     ]
     rows += _difference(names, values, padding=0)
     caption = f"Sensitivity at false positives per image, IoU {_iou(key)}, all classes together"
-    return _table(caption, "arm", FPPI_NAMES, rows)
+    return figures_table(caption, "arm", FPPI_NAMES, rows)
 
 
 def class_table(
@@ -63,18 +64,9 @@ def class_table(
         cells = [str(objects[index])]
         for key in keys:
             for entry in metrics:
-                cells.append(_figure(entry["ap"][key]["per_class"].get(str(index))))
+                cells.append(figure_cell(entry["ap"][key]["per_class"].get(str(index))))
         rows.append((class_name, cells))
-    return _table("Average precision per class", "class", heads, rows)
-
-
-def facts_list(facts: Mapping[str, str]) -> str:
-    """What was run, as a compact list of terms."""
-    items = "".join(
-        f"<div><dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in facts.items()
-    )
-    return f'<dl class="facts">{items}</dl>' if items else ""
+    return figures_table("Average precision per class", "class", heads, rows)
 
 
 def figure_text(value: float | None) -> str:
@@ -89,13 +81,6 @@ def _map_of(entry: Metrics, key: str) -> float | None:
 def _iou(key: str) -> str:
     """`0.10` -> `0.1`, `0.10:0.50:0.05` -> `0.1:0.5`."""
     return ":".join(f"{float(part):g}" for part in key.split(":")[:2])
-
-
-def _figure(value: float | None) -> str:
-    """Three decimals to read; the exact value stays in the markup."""
-    if value is None or value != value:
-        return NOT_DEFINED
-    return f'<data value="{value!r}" title="{value!r}">{value:.3f}</data>'
 
 
 def _interval(bounds: Sequence[float | None] | None) -> str:
@@ -119,19 +104,3 @@ def _difference(
             text = f"{second - first:+.3f}".replace("-", "\N{MINUS SIGN}")
             cells.append("0.000" if float(f"{second - first:.3f}") == 0 else text)
     return [(f"{names[1]} minus {names[0]}", cells + [""] * padding)]
-
-
-def _table(
-    caption: str, corner: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
-) -> str:
-    """`heads` and row names are escaped here; cells are HTML."""
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (corner, *heads))
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for name, cells in rows
-    )
-    return (
-        f'<div class="scroll"><table class="figures"><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages about runs: frame and style, tables, charts as SVG, loss curves."""

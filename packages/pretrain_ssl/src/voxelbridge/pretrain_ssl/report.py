@@ -1,0 +1,256 @@
+"""One self-contained HTML page about a pre-training run: curves, pictures, what was run."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxelbridge.core.arch.encoder import build_encoder
+from voxelbridge.core.arch.presets import ENCODER_PRESETS
+from voxelbridge.core.config import flatten
+from voxelbridge.core.errors import DataError
+from voxelbridge.core.files import atomic_write, read_json
+from voxelbridge.core.report.losses import TOTAL, TRIVIAL, Record, training_charts
+from voxelbridge.core.report.page import (
+    Section,
+    figure_cell,
+    figures_table,
+    html_page,
+    notes_list,
+)
+from voxelbridge.core.run import ENVIRONMENT_FILE, read_run_config
+from voxelbridge.core.train.metrics import read_metrics
+from voxelbridge.pretrain_ssl.config import KIND, PretrainConfig
+from voxelbridge.pretrain_ssl.export import FINAL_CHECKPOINT
+from voxelbridge.pretrain_ssl.pictures import PICTURE_FOLDER, StoredPicture, find_pictures
+
+MAX_PICTURE_BYTES = 12_000_000  # of all pictures in one page; base64 makes a third more of it
+MAX_NAMES = 8  # of data sets
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+VALIDATION = "val_loss"
+TIMES = " \N{MULTIPLICATION SIGN} "
+
+Facts = Mapping[str, Any]  # Any: JSON values of data.json and environment.json
+
+
+def write_pretraining_report(run: Path, output: Path) -> None:
+    """Writes the page of a run, finished or not, to `output`, atomically.
+
+    ConfigError for what is no pre-training run; a run that recorded nothing yet gives a page that
+    says so.
+    """
+    config = read_run_config(run, PretrainConfig, kind=KIND)
+    data = _json_if_there(run / "data.json")
+    starts = _json_if_there(run / ENVIRONMENT_FILE).get("starts", [])
+    metrics = run / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.is_file() else []
+    pictures = find_pictures(run)
+    page = html_page(
+        f"Pre-training: {run.resolve().name}",
+        [
+            Section("result", "Result", _result(records) + notes_list(_notes(run, config, data))),
+            Section("curves", "Curves", training_charts(records)),
+            Section("pictures", "Pictures", _pictures(pictures)),
+            Section("settings", "Settings", _settings(config)),
+        ],
+        lede=_lede(config, data, records),
+        facts=_facts(run, config, data, starts, records),
+        distribution="voxelbridge-pretrain-ssl",
+    )
+    with atomic_write(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def parameter_counts(config: PretrainConfig, channels: int) -> tuple[int, int]:
+    """Parameters of the encoder, and of all that trains; nothing is allocated for it."""
+    with torch.device("meta"):
+        encoder = build_encoder(ENCODER_PRESETS[config.encoder], in_channels=channels)
+        module = config.method.build(encoder)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return sum(p.numel() for p in encoder.parameters()), trained
+
+
+def _json_if_there(path: Path) -> Facts:
+    return read_json(path) if path.is_file() else {}
+
+
+def _steps_done(records: Sequence[Record]) -> int:
+    return int(records[-1]["step"]) + 1 if records else 0
+
+
+def _lede(config: PretrainConfig, data: Facts, records: Sequence[Record]) -> str:
+    """One sentence of what was done and one of what came out, as HTML."""
+    datasets = data.get("datasets") or ()
+    where = f" on {escape(_listed(datasets, most=1))}" if datasets else ""
+    text = (
+        f"<strong>{escape(config.method.name)}</strong> of {escape(config.encoder)}{where}: "
+        f"{_steps_done(records):,} of {config.schedule.steps:,} steps."
+    )
+    validation, trivial = _last(records, VALIDATION), _last(records, TRIVIAL)
+    if validation is None:
+        return text
+    text += f" Validation loss <strong>{validation:.4g}</strong>"
+    if trivial:
+        text += f", {validation / trivial:.1%} of the trivial predictor's {trivial:.4g}"
+    return text + "."
+
+
+def _facts(
+    run: Path, config: PretrainConfig, data: Facts, starts: Sequence[Facts], records: Sequence[Any]
+) -> dict[str, str]:
+    finished = (run / "checkpoints" / FINAL_CHECKPOINT).is_file()
+    steps = f"{_steps_done(records):,} of {config.schedule.steps:,}"
+    facts = {
+        "method": config.method.name,
+        "encoder": config.encoder,
+        "patch z, y, x": TIMES.join(str(edge) for edge in config.patch_size),
+        "batch size": str(config.batch_size),
+        "optimizer steps": steps + (", finished" if finished else ", not finished"),
+    }
+    if "channels" in data:
+        encoder, trained = parameter_counts(config, int(data["channels"]))
+        facts["parameters"] = f"{trained:,}, of these encoder {encoder:,}"
+    if data.get("datasets"):
+        facts["data sets"] = _listed(data["datasets"], most=MAX_NAMES)
+    if "num_cases" in data:
+        held_out = len(data.get("validation_cases") or ())
+        facts["cases"] = f"{data['num_cases']:,}, of these for validation {held_out:,}"
+    if "spacing_mm" in data:
+        spacing = data["spacing_mm"]
+        facts["spacing z, y, x"] = (
+            TIMES.join(f"{edge:g}" for edge in spacing) + " mm" if spacing else "varies"
+        )
+    if starts:
+        last = starts[-1]
+        facts["device"] = ", ".join([str(last.get("device", "")), *last.get("gpus", [])])
+        facts["starts"] = str(len(starts))
+    failed = _last(records, "failed_cases")
+    if failed is not None:
+        facts["failed cases"] = f"{failed:.0f}"
+    return facts
+
+
+def _result(records: Sequence[Record]) -> str:
+    if not records:
+        return '<p class="caution">Nothing was recorded yet.</p>'
+    rows = []
+    for name, key in (("training", TOTAL), ("validation", VALIDATION), ("trivial", TRIVIAL)):
+        values = [(float(r[key]), int(r["step"])) for r in records if key in r]
+        if values:
+            lowest, step = min(values)
+            cells = [figure_cell(v, form=".4g") for v in (values[0][0], lowest, values[-1][0])]
+            rows.append((name, [cells[0], cells[1], f"{step:,}", cells[2]]))
+    heads = ("first", "lowest", "at step", "last")
+    parts = [figures_table("Total loss", "loss", heads, rows)]
+    if any(TRIVIAL in record for record in records):
+        parts.append(
+            '<p class="soft">Trivial: the loss, on the same validation patches, of a predictor '
+            "that has learned nothing: the mean of what is visible (VoCo: overlap 1/n with each "
+            "of the n base crops).</p>"
+        )
+    failed = _last(records, "failed_cases")
+    if failed:
+        parts.append(
+            f'<p class="caution">{failed:.0f} case{"" if failed == 1 else "s"} could not be read '
+            "and were left out; the training printed each with its path.</p>"
+        )
+    return "".join(parts)
+
+
+def _notes(run: Path, config: PretrainConfig, data: Facts) -> list[str]:
+    notes = []
+    if not (run / "checkpoints" / FINAL_CHECKPOINT).is_file():
+        notes.append("The run is not finished: the same training command goes on where it stopped.")
+    if not data.get("validation_cases") or not config.validation_patches:
+        notes.append("The run has no validation: training losses alone say nothing about others.")
+    return notes
+
+
+def _pictures(pictures: Sequence[StoredPicture]) -> str:
+    """Newest step first, the first step's under it, the others folded away."""
+    if not pictures:
+        return f'<p class="soft">The run has no pictures (folder {PICTURE_FOLDER}/).</p>'
+    steps = {step: list(group) for step, group in groupby(pictures, key=lambda p: p.step)}
+    order = sorted(steps, reverse=True)
+    newest, first, between = order[0], order[-1], order[1:-1]
+    kept, left_out = _within_budget([steps[newest], steps[first]], [steps[s] for s in between])
+    parts = [
+        '<p class="soft">Validation samples, the same ones at every step. Slices: the middle along '
+        "z, first channel, grey from the first panel's 1st to its 99th percentile; blue is hidden "
+        "from the network.</p>"
+    ]
+    for sample in sorted({p.sample for p in (*steps[newest], *steps[first])}):
+        shown = [p for step in dict.fromkeys((newest, first)) for p in steps[step]]
+        figures = [
+            _figure(p, "newest" if p.step == newest else "first")
+            for p in shown
+            if p.sample == sample
+        ]
+        parts.append(f'<h3>Sample {sample}</h3><div class="pictures">{"".join(figures)}</div>')
+    if kept:
+        figures = "".join(_figure(p) for group in kept for p in group)
+        parts.append(
+            f"<details><summary>{len(kept)} steps between</summary>"
+            f'<div class="pictures">{figures}</div></details>'
+        )
+    if left_out:
+        parts.append(
+            f'<p class="soft">Pictures of {left_out} more steps did not fit into the page; they '
+            f"are in the run's folder {PICTURE_FOLDER}/.</p>"
+        )
+    return "".join(parts)
+
+
+def _within_budget(
+    always: Sequence[Sequence[StoredPicture]], others: Sequence[Sequence[StoredPicture]]
+) -> tuple[list[Sequence[StoredPicture]], int]:
+    """As many of `others`, evenly spread, as fit beside `always`; and how many do not."""
+    sizes = [sum(p.path.stat().st_size for p in group) for group in others]
+    room = MAX_PICTURE_BYTES - sum(p.path.stat().st_size for group in always for p in group)
+    stride = 1
+    while sum(sizes[::stride]) > room and stride <= len(others):
+        stride += 1
+    kept = list(others[::stride]) if stride <= len(others) else []
+    return kept, len(others) - len(kept)
+
+
+def _figure(picture: StoredPicture, role: str = "") -> str:
+    try:
+        content = picture.path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{picture.path}: cannot be read ({error.strerror or error})") from error
+    if not content.startswith(PNG_SIGNATURE):
+        raise DataError(f"{picture.path}: not a PNG file; delete it")
+    name = f"step {picture.step:,}" + (f" ({role})" if role else f", sample {picture.sample}")
+    source = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+    return (
+        f"<figure><figcaption>{name}</figcaption>"
+        f'<img src="{source}" alt="validation sample {picture.sample} at {name}"></figure>'
+    )
+
+
+def _settings(config: PretrainConfig) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(key)}</th>'
+        f'<td class="text">{escape(_setting(value))}</td></tr>'
+        for key, value in flatten(config.model_dump(mode="json")).items()
+    )
+    return f'<div class="scroll"><table>{rows}</table></div>'
+
+
+def _setting(value: Any) -> str:  # Any: a JSON value
+    return "none" if value is None else str(value)
+
+
+def _listed(names: Sequence[str], *, most: int) -> str:
+    """The first names, and how many more there are."""
+    text = ", ".join(str(name) for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+def _last(records: Sequence[Record], key: str) -> float | None:
+    return next((float(r[key]) for r in reversed(records) if key in r), None)
