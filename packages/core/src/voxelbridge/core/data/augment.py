@@ -119,6 +119,22 @@ class SpatialParams:
         full = (np.eye(3) if matrix is None else np.asarray(matrix, dtype=np.float64)) * signs
         return cls(patch_size, full, matrix is None, (z, y, x))
 
+    @classmethod
+    def from_array(cls, patch_size: Triple, array: ArrayLike) -> "SpatialParams":
+        """The transform that gave `to_array()` for this patch size."""
+        values = np.asarray(array, dtype=np.float64)
+        copies, z, y, x = (bool(value) for value in values[9:])
+        return cls(patch_size, values[:9].reshape(3, 3).copy(), copies, (z, y, x))
+
+    def to_array(self) -> NDArray[np.float64]:
+        """The transform as 13 numbers, for batches: matrix by rows, copies, mirrored z y x."""
+        return np.array([*self.matrix.ravel(), self.copies, *self.mirrored], dtype=np.float64)
+
+    @property
+    def flipped_axes(self) -> tuple[int, ...]:
+        """The mirrored axes of the patch, 0 = z."""
+        return tuple(axis for axis in range(3) if self.mirrored[axis])
+
     @property
     def axis_aligned(self) -> bool:
         """Whether boxes stay boxes: no rotation."""
@@ -133,19 +149,31 @@ class SpatialParams:
         z, y, x = (int(first) + low for first, low in zip(start, offset, strict=True))
         return (z, y, x), size
 
+    def index_map(self) -> Affine:
+        """Voxel index of the patch -> voxel index of the source box."""
+        last = (np.asarray(self.patch_size, dtype=np.float64) - 1) / 2
+        offset, _ = self._reach()
+        return Affine(self.matrix, last - self.matrix @ last - np.asarray(offset, float))
+
+    def check_source(self, shape: Sequence[int]) -> None:
+        """ValueError unless `shape` (z, y, x) is the size of `source_box`."""
+        _, size = self._reach()
+        if tuple(shape) != size:
+            raise ValueError(f"source of shape {tuple(shape)}, source_box() says {size}")
+
     def apply_image(self, source: NDArray[np.float32]) -> NDArray[np.float32]:
         """The patch (C, *patch_size) from the voxels (C, *size) of `source_box`, trilinear."""
         if self.copies:
-            return np.flip(source, axis=tuple(1 + axis for axis in self._flipped_axes()))
-        self._check(source.shape[1:])
-        return gather_linear(source, self._index_map(), self.patch_size)
+            return np.flip(source, axis=tuple(1 + axis for axis in self.flipped_axes))
+        self.check_source(source.shape[1:])
+        return gather_linear(source, self.index_map(), self.patch_size)
 
     def apply_labels(self, source: NDArray[Any]) -> NDArray[Any]:
         """The label patch (*patch_size) from the voxels (*size) of `source_box`, nearest."""
         if self.copies:
-            return np.flip(source, axis=self._flipped_axes())
-        self._check(source.shape)
-        return gather_nearest(source, self._index_map(), self.patch_size)
+            return np.flip(source, axis=self.flipped_axes)
+        self.check_source(source.shape)
+        return gather_nearest(source, self.index_map(), self.patch_size)
 
     def apply_boxes(self, boxes: ArrayLike, *, start: Sequence[int]) -> NDArray[np.float64]:
         """Boxes (N, 6) of the volume in voxel edges of the patch at `start`, not yet cut by it.
@@ -208,25 +236,11 @@ class SpatialParams:
         radii = (edges[:, 1] - edges[:, 0]) / 2
         return centre, np.sqrt(radii**2 @ (inverse**2).T)
 
-    def _flipped_axes(self) -> tuple[int, ...]:
-        return tuple(axis for axis in range(3) if self.mirrored[axis])
-
     def _reach(self) -> tuple[Triple, Triple]:
         """First voxel of the source box relative to the patch's start, and its size."""
         if self.copies:
             return (0, 0, 0), self.patch_size
         return reach_of(self.matrix, self.patch_size)
-
-    def _index_map(self) -> Affine:
-        """Voxel index of the patch -> voxel index of the source box."""
-        last = (np.asarray(self.patch_size, dtype=np.float64) - 1) / 2
-        offset, _ = self._reach()
-        return Affine(self.matrix, last - self.matrix @ last - np.asarray(offset, float))
-
-    def _check(self, shape: Sequence[int]) -> None:
-        _, size = self._reach()
-        if tuple(shape) != size:
-            raise ValueError(f"source of shape {tuple(shape)}, source_box() says {size}")
 
 
 def rotation_matrix(degrees: Sequence[float]) -> NDArray[np.float64]:
