@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from voxelbridge.core.arch.config import DecoderConfig, EncoderConfig
+from voxelbridge.core.arch.config import DecoderConfig, EncoderConfig, UFPNConfig
+from voxelbridge.core.arch.decoder import build_any_decoder
 from voxelbridge.core.arch.encoder import build_encoder
 from voxelbridge.core.arch.presets import RESENC_L
-from voxelbridge.core.arch.unet import build_decoder
 from voxelbridge.core.checkpoint import (
     Checkpoint,
     CheckpointMetadata,
@@ -28,6 +28,7 @@ from voxelbridge.core.checkpoint import (
     Stem,
     collect_tensors,
     expected_shapes,
+    is_stem_name,
     read_checkpoint,
     tensors_sha256,
     write_checkpoint,
@@ -139,21 +140,161 @@ def test_writing_what_was_read_gives_the_same_bytes(file: Path, tmp_path: Path) 
     assert copy.read_bytes() == file.read_bytes()
 
 
-def test_decoder_and_several_stems_survive(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecoderConfig(convs_per_stage=(2,), conv_bias=False),
+        UFPNConfig(out_channels=4, first_level=1, min_channels=2, kernel=(1, 3, 3)),
+        UFPNConfig(out_channels=2, first_level=0, upsample_bias=True),
+    ],
+)
+def test_either_kind_of_decoder_survives(
+    tmp_path: Path, config: DecoderConfig | UFPNConfig
+) -> None:
     path = tmp_path / "full.safetensors"
-    config = DecoderConfig(convs_per_stage=(2,), conv_bias=False)
     checkpoint = tiny_checkpoint(decoder=config)
     tensors = dict(checkpoint.tensors) | {
         f"decoder.{name}": tensor
-        for name, tensor in build_decoder(config, TINY).state_dict().items()
+        for name, tensor in build_any_decoder(config, TINY).state_dict().items()
     }
     write_checkpoint(path, Checkpoint(checkpoint.metadata, tensors))
-    assert read_checkpoint(path).tensors.keys() == tensors.keys()
+    read = read_checkpoint(path)
+    assert read.tensors.keys() == tensors.keys()
+    assert read.metadata.decoder == config
+
+
+def test_a_decoder_of_another_kind_than_its_tensors_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "full.safetensors"
+    checkpoint = tiny_checkpoint(decoder=UFPNConfig(first_level=1))
+    unet = build_any_decoder(DecoderConfig(convs_per_stage=(1,), conv_bias=True), TINY)
+    tensors = dict(checkpoint.tensors) | {
+        f"decoder.{name}": tensor for name, tensor in unet.state_dict().items()
+    }
+    with pytest.raises(CheckpointError, match="has no place in its architecture"):
+        write_checkpoint(path, Checkpoint(checkpoint.metadata, tensors))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        ({"kind": "spline"}, r"decoder\.kind: got \"spline\", expected one of 'unet', 'ufpn'"),
+        ({"kind": "ufpn", "first_level": 5}, r"decoder\.first_level must be at most 1, got 5"),
+        ({"kind": "ufpn", "kernel": [2, 3, 3]}, "kernel must be odd"),
+        ({"kind": "ufpn", "convs_per_stage": [1]}, r"decoder\.convs_per_stage: no such setting"),
+        ({"convs_per_stage": [1, 1], "conv_bias": True}, "convs_per_stage needs 1 entries"),
+    ],
+)
+def test_a_decoder_that_cannot_be_is_refused(
+    tmp_path: Path, decoder: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "decoder.safetensors"
+    forge(path, dict(tiny_checkpoint().tensors), tiny_metadata(), decoder=decoder)
+    assert re.search(message, refuse(path))
+
+
+def test_files_from_before_there_were_several_decoders_and_defaults_are_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "old.safetensors"
+    config = DecoderConfig(convs_per_stage=(2,), conv_bias=False)
+    tensors = dict(tiny_checkpoint().tensors) | {
+        f"decoder.{name}": tensor
+        for name, tensor in build_any_decoder(config, TINY).state_dict().items()
+    }
+    text = tiny_metadata(decoder=config).model_dump_json(by_alias=True)
+    for new in (
+        '"kind":"unet",',
+        '"default_stem":null,',
+        ',"normalization":null}',
+        ',"data_sha256":null',
+    ):
+        assert text.count(new) == 1
+        text = text.replace(new, "}" if new.endswith("}") else "")
+    text = text.replace('"tensors_sha256":null', f'"tensors_sha256":"{tensors_sha256(tensors)}"')
+    text = text.replace('"metadata_sha256":null', f'"metadata_sha256":"{"0" * 64}"')
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    save_file(tensors, path, metadata={"voxelbridge": text.replace("0" * 64, digest)})
+    metadata = read_checkpoint(path).metadata
+    assert metadata.decoder == config
+    assert metadata.default_stem is None
+    assert metadata.stem_unless_named == "ct"
+    assert metadata.normalization_of("ct") == ({"name": "zscore"},)
+
+
+def test_several_stems_survive(tmp_path: Path) -> None:
+    path = tmp_path / "full.safetensors"
     write_checkpoint(path, several_stems())
     read = read_checkpoint(path)
     assert list(read.metadata.stems) == ["4", "40"]
     assert read.stem_prefix("4") == "encoder.stems.4."
     assert read.tensors["encoder.stems.40.conv.weight"].shape == (2, 4, 3, 3, 3)
+
+
+def several_schemes(**changes: object) -> CheckpointMetadata:
+    """Metadata of two stems, checked as when read; `changes` are JSON values."""
+    tree = {
+        "stems": {
+            "ct": {"channels": 1, "normalization": [{"name": "ct_percentile", "std": 2.5}]},
+            "mr": {"channels": 2, "normalization": [{"name": "zscore"}, {"name": "zscore"}]},
+            "pet": {"channels": 1},
+        },
+        "default_stem": "ct",
+        "normalization": None,
+    } | changes
+    base = json.loads(tiny_metadata().model_dump_json(by_alias=True))
+    return CheckpointMetadata.model_validate_json(json.dumps(base | tree))
+
+
+def test_every_stem_has_its_own_normalisation() -> None:
+    metadata = several_schemes()
+    assert metadata.stem_unless_named == "ct"
+    assert metadata.normalization_of("ct") == ({"name": "ct_percentile", "std": 2.5},)
+    assert metadata.normalization_of("mr") == ({"name": "zscore"}, {"name": "zscore"})
+    assert metadata.normalization_of("pet") is None
+    assert several_schemes(default_stem=None).stem_unless_named is None
+
+
+def test_the_normalisation_of_the_file_is_the_default_stems() -> None:
+    scheme = [{"name": "zscore"}]
+    metadata = several_schemes(default_stem="pet", normalization=scheme)
+    assert metadata.normalization_of("pet") == ({"name": "zscore"},)
+    unknown = several_schemes(default_stem=None, normalization=scheme)
+    assert unknown.normalization_of("pet") is None
+    same = [{"name": "ct_percentile", "std": 2.5}]
+    assert several_schemes(normalization=same).normalization_of("ct") == tuple(same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"default_stem": "us"}, "default_stem us is not among the stems"),
+        ({"normalization": [{"name": "zscore"}]}, "differs from that of the stem ct"),
+        (
+            {"stems": {"ct": {"channels": 2, "normalization": [{"name": "zscore"}]}}},
+            "1 schemes for 2 channels",
+        ),
+    ],
+)
+def test_contradictions_between_stems_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        several_schemes(**changes)
+
+
+def test_the_identity_of_the_data_survives(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.safetensors"
+    source = Source(datasets=("a", "b"), data_sha256="0f" * 32)
+    write_checkpoint(path, tiny_checkpoint(source=source))
+    assert read_checkpoint(path).metadata.source == source
+    with pytest.raises(ValidationError):
+        Source(data_sha256="0f")
+
+
+@pytest.mark.parametrize("name", ["random", "a.b", "", "x" * 65, "naïve", "a\n", "a b"])
+def test_names_of_stems_follow_one_rule(name: str) -> None:
+    assert not is_stem_name(name)
+    with pytest.raises(ValidationError):
+        several_schemes(stems={name: {"channels": 1}}, default_stem=None)
+    assert is_stem_name("Dataset003_Liver-2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from voxelbridge.core.arch.config import EncoderConfig
+from voxelbridge.core.arch.config import (
+    AnyDecoderConfig,
+    DecoderConfig,
+    EncoderConfig,
+    UFPNConfig,
+)
+from voxelbridge.core.arch.decoder import Decoder, build_any_decoder
 from voxelbridge.core.arch.encoder import Encoder, build_encoder
 from voxelbridge.core.checkpoint import (
     Checkpoint,
@@ -15,7 +21,12 @@ from voxelbridge.core.checkpoint import (
     write_checkpoint,
 )
 from voxelbridge.core.errors import CheckpointError, ConfigError
-from voxelbridge.core.transfer import ShapeMismatch, load_encoder, transfer_encoder
+from voxelbridge.core.transfer import (
+    ShapeMismatch,
+    load_encoder,
+    transfer_decoder,
+    transfer_encoder,
+)
 
 TINY = EncoderConfig(
     kind="residual",
@@ -235,3 +246,99 @@ def test_load_encoder_with_several_stems(tmp_path: Path) -> None:
         load_encoder(path)
     with pytest.raises(CheckpointError, match="has no stem 'random'"):
         load_encoder(path, stem="random")
+
+
+def test_the_default_stem_is_taken_where_none_is_named(tmp_path: Path) -> None:
+    several = several_stems({"4": 1, "40": 3, "5": 1})
+    metadata = several.metadata.model_copy(update={"default_stem": "5"})
+    path = tmp_path / "several.safetensors"
+    checkpoint = Checkpoint(metadata, several.tensors, origin=str(path))
+    write_checkpoint(path, checkpoint)
+    assert load_encoder(path).stem.conv.weight.eq(5).all()
+    assert load_encoder(path, stem="40").in_channels == 3
+    encoder = ramp_encoder(1)
+    assert transfer_encoder(checkpoint, encoder).stem == "checkpoint: 5 (1 channel)"
+    assert encoder.stem.conv.weight.eq(5).all()
+    four = ramp_encoder(4)
+    transfer_encoder(checkpoint, four, stem="replicate")
+    assert four.stem.conv.weight.eq(5 / 4).all()
+    with pytest.raises(CheckpointError, match=r"or one of the stems with its channels: 40$"):
+        transfer_encoder(checkpoint, ramp_encoder(3))
+
+
+UNET = DecoderConfig(convs_per_stage=(1,), conv_bias=True)
+PYRAMID = UFPNConfig(out_channels=4, first_level=1, min_channels=2)
+
+
+def ramp_decoder(config: AnyDecoderConfig, *, start: float = 0.0) -> Decoder:
+    decoder = build_any_decoder(config, TINY)
+    with torch.no_grad():
+        for index, parameter in enumerate(decoder.parameters()):
+            ramp = torch.arange(parameter.numel(), dtype=torch.float32)
+            parameter.copy_(torch.cos(ramp + index + start).reshape(parameter.shape))
+    return decoder
+
+
+def with_decoder(config: AnyDecoderConfig) -> Checkpoint:
+    metadata = checkpoint_of().metadata.model_copy(update={"decoder": config})
+    tensors = collect_tensors(ramp_encoder(1), ramp_decoder(config))
+    return Checkpoint(metadata, tensors, origin="weights.safetensors")
+
+
+@pytest.mark.parametrize("config", [UNET, PYRAMID])
+def test_a_decoder_of_the_same_kind_takes_everything_over(config: AnyDecoderConfig) -> None:
+    decoder = ramp_decoder(config, start=0.5)
+    report = transfer_decoder(with_decoder(config), decoder)
+    source = ramp_decoder(config).state_dict()
+    assert set(report.loaded) == source.keys()
+    assert report.left_at_init == report.unused == report.shape_mismatched == ()
+    assert all(torch.equal(tensor, source[n]) for n, tensor in decoder.state_dict().items())
+    assert report.describe().startswith(f"decoder\nloaded            {len(source)} tensors\n")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "wanted", "message"),
+    [
+        (checkpoint_of(), PYRAMID, "holds no decoder, needed is a U-FPN"),
+        (with_decoder(UNET), PYRAMID, "holds a U-Net decoder, needed is a U-FPN"),
+        (with_decoder(PYRAMID), UNET, "holds a U-FPN, needed is a U-Net decoder"),
+    ],
+)
+def test_a_decoder_of_another_kind_is_refused(
+    checkpoint: Checkpoint, wanted: AnyDecoderConfig, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"^weights.safetensors: {message}; transfer the"):
+        transfer_decoder(checkpoint, ramp_decoder(wanted))
+
+
+def test_a_pyramid_of_other_widths_is_refused_with_both_shapes() -> None:
+    wider = PYRAMID.model_copy(update={"min_channels": 3})
+    decoder = ramp_decoder(wider, start=0.5)
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        transfer_decoder(with_decoder(PYRAMID), decoder)
+    message = str(caught.value)
+    assert "does not fit the decoder in 5 places" in message
+    assert "lateral.0.bias: checkpoint (2,), decoder (3,)" in message
+    assert "\n" not in message
+    assert all(torch.equal(tensor, before[n]) for n, tensor in decoder.state_dict().items())
+
+
+def test_allowed_differences_of_a_decoder_are_reported_per_tensor() -> None:
+    other = PYRAMID.model_copy(update={"min_channels": 3, "upsample_bias": True})
+    decoder = ramp_decoder(other, start=0.5)
+    checkpoint = with_decoder(PYRAMID)
+    allow = ("lateral.0", "upsample", "out.0")
+    report = transfer_decoder(checkpoint, decoder, allow=allow)
+    assert set(report.loaded) == {
+        "lateral.1.weight", "lateral.1.bias", "out.1.weight", "out.1.bias",
+    }  # fmt: skip
+    assert ShapeMismatch("lateral.0.bias", (2,), (3,), "decoder") in report.shape_mismatched
+    assert "decoder (3,)" in report.describe()
+    assert "upsample.0.bias" in report.left_at_init
+    assert set(report.unused) == {f"decoder.{m.name}" for m in report.shape_mismatched}
+    assert set(report.loaded) | set(report.left_at_init) == decoder.state_dict().keys()
+    with pytest.raises(ConfigError, match=r"'stages.9' names no tensor of the decoder"):
+        transfer_decoder(checkpoint, decoder, allow=[*allow, "stages.9"])
+    with pytest.raises(ConfigError, match=r"'strides' names no tensor of the decoder"):
+        transfer_decoder(checkpoint, decoder, allow=[*allow, "strides"])

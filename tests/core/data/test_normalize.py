@@ -9,6 +9,7 @@ from voxelbridge.core.data.normalize import (
     Normalization,
     ZScore,
     fit_ct,
+    normalization_of,
     normalize,
     normalize_in_place,
     require_finite,
@@ -111,3 +112,12 @@ def test_schemes_are_told_apart_by_name_in_json() -> None:
     adapter = TypeAdapter(Normalization)
     for scheme in (ZScore(nonzero_only=True), CTPercentile(lower=0, upper=1, mean=0.5, std=2)):
         assert adapter.validate_json(adapter.dump_json(scheme)) == scheme
+
+
+def test_the_channel_name_and_the_crop_choose_the_scheme() -> None:
+    samples = np.arange(1000)
+    for name in ("CT", "ct"):
+        assert normalization_of(name, samples, kept_by_crop=0.5) == fit_ct(samples)
+    for name in ("T1", "CT_venous", ""):
+        assert normalization_of(name, samples, kept_by_crop=0.75) == ZScore()
+        assert normalization_of(name, samples, kept_by_crop=0.74) == ZScore(nonzero_only=True)

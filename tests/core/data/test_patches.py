@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxelbridge.core.data.patches import boxes_in_patch, object_start, uniform_start
+from voxelbridge.core.data.patches import boxes_in_patch, centred_start, object_start, uniform_start
 
 triples = st.tuples(*[st.integers(1, 30)] * 3)
 few = settings(max_examples=60, deadline=None)
@@ -82,3 +82,20 @@ def test_no_boxes_are_visible_where_there_are_none() -> None:
     visible, rows = boxes_in_patch(np.zeros((0, 6)), (0, 0, 0), (4, 4, 4))
     assert visible.shape == (0, 6)
     assert rows.shape == (0,)
+
+
+def test_patch_around_a_voxel_is_centred_and_moved_inside() -> None:
+    assert centred_start((20, 20, 20), (50, 50, 50), (8, 9, 8)) == (16, 16, 16)
+    assert centred_start((1, 49, 46), (50, 50, 50), (8, 8, 8)) == (0, 42, 42)
+    assert centred_start((3, 0, 4), (5, 8, 5), (8, 8, 6)) == (-1, 0, 0)
+
+
+def test_patch_around_a_voxel_shows_it() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        shape, patch = rng.integers(1, 12, 3), rng.integers(1, 12, 3)
+        voxel = rng.integers(0, shape)
+        start = np.array(centred_start(voxel, shape.tolist(), patch.tolist()))
+        assert ((start <= voxel) & (voxel < start + patch)).all()
+        inside = shape >= patch
+        assert ((start >= 0) & (start + patch <= shape))[inside].all()

@@ -6,6 +6,7 @@ takes memory for the tensors once, and checks every byte before anything is retu
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,10 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from voxelbridge.core.arch.config import DecoderConfig, EncoderConfig
+from voxelbridge.core.arch.config import (
+    AnyDecoderConfig,
+    DecoderConfig,
+    EncoderConfig,
+    UFPNConfig,
+)
+from voxelbridge.core.arch.decoder import build_any_decoder
 from voxelbridge.core.arch.encoder import build_encoder
 from voxelbridge.core.arch.init import InitMethod
-from voxelbridge.core.arch.unet import build_decoder
 from voxelbridge.core.config import Config, validate
 from voxelbridge.core.errors import ConfigError
 from voxelbridge.core.files import atomic_write
@@ -50,9 +56,13 @@ _NO_HASH = "0" * 64
 _STEM = "encoder.stem."
 _STEMS = "encoder.stems."
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-_StemName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+_STEM_NAME = r"^[A-Za-z0-9_-]{1,64}$"
+_StemName = Annotated[str, StringConstraints(pattern=_STEM_NAME)]
 _Edge = Annotated[int, Field(ge=1)]
 _Millimetre = Annotated[float, Field(gt=0)]
+
+
+_Normalization = tuple[dict[str, JsonValue], ...]  # one scheme per channel
 
 
 class Stem(Config):
@@ -61,6 +71,15 @@ class Stem(Config):
     channels: int = Field(ge=1, le=65_536)
     modality: str | None = None  # such as "CT" or "MR"
     dataset: str | None = None
+    normalization: _Normalization | None = None
+
+    @model_validator(mode="after")
+    def _one_scheme_per_channel(self) -> "Stem":
+        if self.normalization is not None and len(self.normalization) != self.channels:
+            raise ValueError(
+                f"normalization has {len(self.normalization)} schemes for {self.channels} channels"
+            )
+        return self
 
 
 class Source(Config):
@@ -69,6 +88,7 @@ class Source(Config):
     datasets: tuple[str, ...] = ()
     steps: int | None = None  # optimizer steps
     config_hash: str | None = None  # `config.config_hash` of the training config
+    data_sha256: _Sha256 | None = None  # which data: identity of the store trained on
 
 
 def _this_program() -> str:
@@ -85,12 +105,13 @@ class CheckpointMetadata(Config):
     created_by: str = Field(default_factory=_this_program)
     method: str  # "mae", "multitalent", ...
     arch: EncoderConfig
-    decoder: DecoderConfig | None = None  # given exactly when there are `decoder.*` tensors
+    decoder: AnyDecoderConfig | None = None  # given exactly when there are `decoder.*` tensors
     stems: dict[_StemName, Stem] = Field(min_length=1, max_length=1000)
+    default_stem: _StemName | None = None  # taken where nobody names one of several
     patch_size: tuple[_Edge, _Edge, _Edge] | None = None  # voxels, z y x
     spacing_mm: tuple[_Millimetre, _Millimetre, _Millimetre] | None = None  # z y x
     axis_order: Literal["zyx"] = "zyx"
-    normalization: tuple[dict[str, JsonValue], ...] | None = None  # one scheme per channel
+    normalization: _Normalization | None = None  # of the default (or only) stem's images
     init: InitMethod | None = None  # before training
     source: Source = Source()
     citations: tuple[str, ...] = ()
@@ -103,13 +124,36 @@ class CheckpointMetadata(Config):
         taken = sorted(RESERVED_STEM_NAMES & self.stems.keys())
         if taken:
             raise ValueError(f"a stem cannot be called {taken[0]}, which is a transfer policy")
+        if self.default_stem is not None and self.default_stem not in self.stems:
+            raise ValueError(f"default_stem {self.default_stem} is not among the stems")
+        name = self.stem_unless_named
+        own = None if name is None else self.stems[name].normalization
+        if own is not None and self.normalization not in (None, own):
+            raise ValueError(f"normalization differs from that of the stem {name}")
         levels = len(self.arch.features) - 1
-        if self.decoder is not None and len(self.decoder.convs_per_stage) != levels:
-            raise ValueError(
-                f"decoder.convs_per_stage needs {levels} entries, one fewer than the encoder's "
-                f"stages, got {len(self.decoder.convs_per_stage)}"
-            )
+        match self.decoder:
+            case DecoderConfig(convs_per_stage=convs) if len(convs) != levels:
+                raise ValueError(
+                    f"decoder.convs_per_stage needs {levels} entries, one fewer than the encoder's "
+                    f"stages, got {len(convs)}"
+                )
+            case UFPNConfig(first_level=first) if first > levels:
+                raise ValueError(f"decoder.first_level must be at most {levels}, got {first}")
+            case _:
+                pass
         return self
+
+    @property
+    def stem_unless_named(self) -> str | None:
+        """The default stem, else the only one, else None: one of several has to be named."""
+        if self.default_stem is None and len(self.stems) == 1:
+            return next(iter(self.stems))
+        return self.default_stem
+
+    def normalization_of(self, stem: str) -> tuple[dict[str, JsonValue], ...] | None:
+        """One scheme per channel of the images that `stem` was trained on; None if unknown."""
+        own = self.stems[stem].normalization
+        return self.normalization if own is None and stem == self.stem_unless_named else own
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +215,13 @@ def write_checkpoint(path: Path | str, checkpoint: Checkpoint) -> CheckpointMeta
     return metadata.model_copy(update={"metadata_sha256": digest})
 
 
+def is_stem_name(name: str) -> bool:
+    """Whether a checkpoint can hold a stem of this name."""
+    return re.fullmatch(_STEM_NAME, name) is not None and name not in RESERVED_STEM_NAMES
+
+
 def collect_tensors(encoder: nn.Module, decoder: nn.Module | None = None) -> dict[str, Tensor]:
-    """State of an encoder (one stem) and a decoder under the names of a checkpoint."""
+    """State of an encoder (one stem or several) and a decoder under the names of a checkpoint."""
     parts = {"encoder": encoder} | ({} if decoder is None else {"decoder": decoder})
     return {
         f"{part}.{name}": tensor
@@ -198,7 +247,7 @@ def expected_shapes(
     """
     with torch.device("meta"):
         encoder = build_encoder(metadata.arch, in_channels=1)
-        decoder = metadata.decoder and build_decoder(metadata.decoder, metadata.arch)
+        decoder = metadata.decoder and build_any_decoder(metadata.decoder, metadata.arch)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in collect_tensors(encoder, decoder).items():
         shape = tuple(tensor.shape)

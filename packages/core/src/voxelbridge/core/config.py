@@ -1,8 +1,9 @@
 """Configurations: frozen pydantic models filled from a TOML preset and `--set key=value`.
 
 A choice between variants is a union of models told apart by a `name` field
-(`Field(discriminator="name")`). Values are checked strictly: no text becomes a number, no number
-becomes text, unknown keys are errors that suggest the nearest known one.
+(`Field(discriminator="name")`; in a checkpoint by `kind`). Values are checked strictly: no text
+becomes a number, no number becomes text, unknown keys are errors that suggest the nearest known
+one.
 """
 
 import difflib
@@ -212,9 +213,9 @@ def _locate(
 
 def _chosen_model(annotation: object, value: object, default: object) -> type[Config] | None:
     models = _models(annotation)
-    name = value.get("name") if isinstance(value, dict) else None
+    name = value.get("name", value.get("kind")) if isinstance(value, dict) else None
     if name is None:
-        name = getattr(default, "name", None)
+        name = getattr(default, "name", getattr(default, "kind", None))
     for model in models:
         if len(models) == 1 or name in _names(model):
             return model
@@ -232,8 +233,15 @@ def _models(annotation: object) -> list[type[Config]]:
 
 
 def _names(model: type[Config]) -> tuple[object, ...]:
-    field = model.model_fields.get("name")
+    field = model.model_fields.get("name") or model.model_fields.get("kind")
     return get_args(field.annotation) if field else ()
+
+
+def _tag_of(parent: type[Config] | None, location: Sequence[str]) -> str:
+    """What tells the variants at `location` apart: `name`, in parts of a checkpoint `kind`."""
+    field = parent.model_fields.get(location[-1]) if parent else None
+    variants = _models(field.annotation) if field else []
+    return "kind" if any("kind" in variant.model_fields for variant in variants) else "name"
 
 
 def _explain(model: type[Config], tree: Tree, problem: Any) -> str:  # Any: pydantic's ErrorDetails
@@ -250,7 +258,8 @@ def _explain(model: type[Config], tree: Tree, problem: Any) -> str:  # Any: pyda
             return f"{key}: missing; it has no default and must be set"
         case "union_tag_not_found" | "union_tag_invalid":
             legal = (problem.get("ctx") or {}).get("expected_tags", "")
-            return f"{key}.name: got {_got(tree, (*location, 'name'))}, expected one of {legal}"
+            tag = _tag_of(parent_model, location)
+            return f"{key}.{tag}: got {_got(tree, (*location, tag))}, expected one of {legal}"
         case _:
             return f"{key}: got {_got(tree, location)}; {message[:1].lower()}{message[1:]}"
 

@@ -1,19 +1,27 @@
-"""Weights from a checkpoint into an encoder; nothing differs silently."""
+"""Weights from a checkpoint into an encoder or a decoder; nothing differs silently."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from voxelbridge.core.arch.decoder import Decoder, decoder_kind
 from voxelbridge.core.arch.encoder import Encoder, build_encoder
 from voxelbridge.core.checkpoint import Checkpoint, read_checkpoint
 from voxelbridge.core.errors import CheckpointError, ConfigError
 
 STRIDES = "strides"  # what `allow` calls the one difference that no tensor shows
 _SHOWN = 6  # differences spelled out in an error
+_DECODERS = {"unet": "U-Net decoder", "ufpn": "U-FPN"}
+
+Part = Literal["encoder", "decoder"]
+_EXAMPLES: Mapping[Part, str] = {
+    "encoder": "'stages.5' or 'stem.conv.weight'",
+    "decoder": "'lateral.0' or 'stages.4'",
+}
 
 
 @dataclass(frozen=True)
@@ -22,21 +30,22 @@ class ShapeMismatch:
 
     name: str
     checkpoint_shape: tuple[int, ...]
-    encoder_shape: tuple[int, ...]
+    own_shape: tuple[int, ...]  # in the encoder or decoder that the weights were for
+    part: Part = "encoder"
 
     def describe(self) -> str:
-        return f"{self.name}: checkpoint {self.checkpoint_shape}, encoder {self.encoder_shape}"
+        return f"{self.name}: checkpoint {self.checkpoint_shape}, {self.part} {self.own_shape}"
 
 
 @dataclass(frozen=True)
 class TransferReport:
     """What became of every tensor.
 
-    `loaded` and `left_at_init` are names of the encoder (without `encoder.`) and together all of
-    them; `unused` are names of the file.
+    `loaded` and `left_at_init` are names of the encoder or decoder (without `encoder.` or
+    `decoder.`) and together all of them; `unused` are names of the file.
     """
 
-    stem: str  # what was done with the stem, in words
+    stem: str | None  # what was done with the stem, in words; None for a decoder
     loaded: tuple[str, ...]
     left_at_init: tuple[str, ...]
     unused: tuple[str, ...]
@@ -49,7 +58,8 @@ class TransferReport:
             "unused": self.unused,
             "shape-mismatched": [mismatch.describe() for mismatch in self.shape_mismatched],
         }
-        lines = [f"{'stem':<17} {self.stem}", f"{'loaded':<17} {len(self.loaded)} tensors"]
+        first = "decoder" if self.stem is None else f"{'stem':<17} {self.stem}"
+        lines = [first, f"{'loaded':<17} {len(self.loaded)} tensors"]
         for title, rows in groups.items():
             lines += [f"{title:<17} {len(rows)} tensors", *(f"  {row}" for row in rows)]
         return "\n".join(lines)
@@ -58,10 +68,11 @@ class TransferReport:
 def load_encoder(path: Path | str, stem: str | None = None) -> Encoder:
     """The encoder of the checkpoint at `path`, in eval mode, float32, on the CPU.
 
-    `stem` chooses among several stems; an unknown name raises CheckpointError and lists them.
+    `stem` chooses among several stems; None takes the checkpoint's default, or the only one. An
+    unknown name, and none where one is needed, raise CheckpointError, which lists the stems.
     """
     checkpoint = read_checkpoint(path)
-    name = _only_stem(checkpoint) if stem is None else _known_stem(checkpoint, stem)
+    name = _unnamed_stem(checkpoint) if stem is None else _known_stem(checkpoint, stem)
     # On the meta device nothing is drawn, so that loading leaves the random streams alone.
     with torch.device("meta"):
         encoder = build_encoder(
@@ -77,9 +88,10 @@ def transfer_encoder(
 ) -> TransferReport:
     """Copies the encoder weights of `checkpoint` into `encoder` and reports on every tensor.
 
-    `stem`: "checkpoint" takes the only stem, which must have the encoder's channels; a name takes
-    that one of several stems; "replicate" repeats a one-channel weight over all input channels,
-    divided by their number; "random" leaves the encoder's stem as it is.
+    `stem`: "checkpoint" takes the default stem or the only one, which must have the encoder's
+    channels; a name takes that one of several stems; "replicate" repeats a one-channel weight (of
+    the stem that "checkpoint" would take) over all input channels, divided by their number;
+    "random" leaves the encoder's stem as it is.
     `allow` holds names of tensors, or their beginnings up to a dot ("stages.5"), that may stay at
     init, be unused or differ in shape, and "strides" if the strides may differ. Every other
     difference is a CheckpointError with both shapes, and then nothing has been copied.
@@ -90,37 +102,58 @@ def transfer_encoder(
         for name, tensor in checkpoint.tensors.items()
         if name.startswith("encoder.stages.")
     }
-    targets = encoder.state_dict()
-    _check_allowances(allow, [*targets, *sources])
-    mismatched = [
-        ShapeMismatch(name, tuple(source.tensor.shape), tuple(targets[name].shape))
-        for name, source in sources.items()
-        if name in targets and source.tensor.shape != targets[name].shape
-    ]
-    refused = {mismatch.name for mismatch in mismatched}
-    differences = {mismatch.name: mismatch.describe() for mismatch in mismatched}
-    for name in targets.keys() - sources.keys():
-        if not (stem == "random" and name.startswith("stem.")):
-            differences[name] = f"{name}: encoder {tuple(targets[name].shape)}, checkpoint none"
-    for name in sources.keys() - targets.keys():
-        shape = tuple(sources[name].tensor.shape)
-        differences[name] = f"{name}: checkpoint {shape}, encoder none"
+    differences: dict[str, str] = {}
     theirs, ours = checkpoint.metadata.arch.strides, encoder.config.strides
     if theirs != ours:
         differences[STRIDES] = f"strides: checkpoint {theirs}, encoder {ours}"
-    _refuse_differences(checkpoint, differences, allow)
-
-    loaded = [name for name in targets if name in sources and name not in refused]
-    with torch.no_grad():
-        for name in loaded:
-            targets[name].copy_(sources[name].tensor)
-    used = {sources[name].name for name in loaded}
+    copied = _copy(
+        checkpoint,
+        sources,
+        encoder.state_dict(),
+        part="encoder",
+        differences=differences,
+        allow=[*allow, "stem"] if stem == "random" else allow,
+    )
     return TransferReport(
         stem=_stem_words(checkpoint, encoder, stem),
-        loaded=tuple(loaded),
-        left_at_init=tuple(name for name in targets if name not in set(loaded)),
-        unused=tuple(name for name in checkpoint.tensors if name not in used),
-        shape_mismatched=tuple(mismatched),
+        loaded=copied.loaded,
+        left_at_init=copied.left_at_init,
+        unused=tuple(name for name in checkpoint.tensors if name not in copied.used),
+        shape_mismatched=copied.mismatched,
+    )
+
+
+def transfer_decoder(
+    checkpoint: Checkpoint, decoder: Decoder, *, allow: Sequence[str] = ()
+) -> TransferReport:
+    """Copies the decoder weights of `checkpoint` into a U-Net decoder or a U-FPN of the same kind.
+
+    `allow` as in `transfer_encoder`, with names such as "lateral.0" or "stages.4". A checkpoint
+    without a decoder, or with one of the other kind, is a CheckpointError. The encoder's weights
+    are no part of the report.
+    """
+    config = checkpoint.metadata.decoder
+    wanted = decoder_kind(decoder)
+    if config is None or config.kind != wanted:
+        held = "no decoder" if config is None else f"a {_DECODERS[config.kind]}"
+        raise CheckpointError(
+            f"{checkpoint.origin}: holds {held}, needed is a {_DECODERS[wanted]}; transfer the "
+            "encoder alone"
+        )
+    sources = {
+        name.removeprefix("decoder."): _Source(name, tensor)
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith("decoder.")
+    }
+    copied = _copy(
+        checkpoint, sources, decoder.state_dict(), part="decoder", differences={}, allow=allow
+    )
+    return TransferReport(
+        stem=None,
+        loaded=copied.loaded,
+        left_at_init=copied.left_at_init,
+        unused=tuple(s.name for s in sources.values() if s.name not in copied.used),
+        shape_mismatched=copied.mismatched,
     )
 
 
@@ -129,11 +162,55 @@ class _Source(NamedTuple):
     tensor: Tensor
 
 
+@dataclass(frozen=True)
+class _Copied:
+    loaded: tuple[str, ...]
+    left_at_init: tuple[str, ...]
+    used: frozenset[str]  # names in the file
+    mismatched: tuple[ShapeMismatch, ...]
+
+
+def _copy(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, _Source],
+    targets: Mapping[str, Tensor],
+    *,
+    part: Part,
+    differences: Mapping[str, str],
+    allow: Sequence[str],
+) -> _Copied:
+    """Copies what agrees into `targets`, unless a difference is not allowed: then nothing."""
+    _check_allowances(allow, [*targets, *sources], part=part)
+    mismatched = [
+        ShapeMismatch(name, tuple(source.tensor.shape), tuple(targets[name].shape), part)
+        for name, source in sources.items()
+        if name in targets and source.tensor.shape != targets[name].shape
+    ]
+    refused = {mismatch.name for mismatch in mismatched}
+    told = {**differences, **{mismatch.name: mismatch.describe() for mismatch in mismatched}}
+    for name in targets.keys() - sources.keys():
+        told[name] = f"{name}: {part} {tuple(targets[name].shape)}, checkpoint none"
+    for name in sources.keys() - targets.keys():
+        told[name] = f"{name}: checkpoint {tuple(sources[name].tensor.shape)}, {part} none"
+    _refuse_differences(checkpoint, told, allow, part=part)
+
+    loaded = [name for name in targets if name in sources and name not in refused]
+    with torch.no_grad():
+        for name in loaded:
+            targets[name].copy_(sources[name].tensor)
+    return _Copied(
+        loaded=tuple(loaded),
+        left_at_init=tuple(name for name in targets if name not in set(loaded)),
+        used=frozenset(sources[name].name for name in loaded),
+        mismatched=tuple(mismatched),
+    )
+
+
 def _stem_sources(checkpoint: Checkpoint, encoder: Encoder, policy: str) -> dict[str, _Source]:
     if policy == "random":
         return {}
     name = (
-        _only_stem(checkpoint)
+        _unnamed_stem(checkpoint)
         if policy in ("checkpoint", "replicate")
         else _known_stem(checkpoint, policy)
     )
@@ -163,13 +240,13 @@ def _stem_sources(checkpoint: Checkpoint, encoder: Encoder, policy: str) -> dict
     return sources
 
 
-def _only_stem(checkpoint: Checkpoint) -> str:
-    names = list(checkpoint.metadata.stems)
-    if len(names) > 1:
+def _unnamed_stem(checkpoint: Checkpoint) -> str:
+    name = checkpoint.metadata.stem_unless_named
+    if name is None:
         raise CheckpointError(
             f"{checkpoint.origin}: has several stems, name one of them: {_stem_list(checkpoint)}"
         )
-    return names[0]
+    return name
 
 
 def _known_stem(checkpoint: Checkpoint, name: str) -> str:
@@ -201,7 +278,7 @@ def _stem_words(checkpoint: Checkpoint, encoder: Encoder, policy: str) -> str:
         case "replicate":
             return f"replicate: 1 -> {_channels(encoder.in_channels)}, divided by their number"
         case "checkpoint":
-            return f"checkpoint: {_only_stem(checkpoint)} ({_channels(encoder.in_channels)})"
+            return f"checkpoint: {_unnamed_stem(checkpoint)} ({_channels(encoder.in_channels)})"
         case _:
             return f"{policy} ({_channels(encoder.in_channels)})"
 
@@ -210,13 +287,15 @@ def _channels(count: int) -> str:
     return f"{count} channel{'' if count == 1 else 's'}"
 
 
-def _check_allowances(allow: Sequence[str], names: Iterable[str]) -> None:
+def _check_allowances(allow: Sequence[str], names: Iterable[str], *, part: Part) -> None:
     known = list(names)
     for allowance in allow:
-        if allowance != STRIDES and not any(_covers(allowance, name) for name in known):
+        if (part, allowance) != ("encoder", STRIDES) and not any(
+            _covers(allowance, name) for name in known
+        ):
             raise ConfigError(
-                f"allow={allowance!r} names no tensor of the encoder or the checkpoint; expected "
-                "a name such as 'stages.5' or 'stem.conv.weight'"
+                f"allow={allowance!r} names no tensor of the {part} or the checkpoint; expected "
+                f"a name such as {_EXAMPLES[part]}"
             )
 
 
@@ -225,7 +304,7 @@ def _covers(allowance: str, name: str) -> bool:
 
 
 def _refuse_differences(
-    checkpoint: Checkpoint, differences: Mapping[str, str], allow: Sequence[str]
+    checkpoint: Checkpoint, differences: Mapping[str, str], allow: Sequence[str], *, part: Part
 ) -> None:
     refused = [
         text
@@ -235,6 +314,6 @@ def _refuse_differences(
     if refused:
         more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise CheckpointError(
-            f"{checkpoint.origin}: does not fit the encoder in {len(refused)} places, allow them "
+            f"{checkpoint.origin}: does not fit the {part} in {len(refused)} places, allow them "
             f"by name or build the checkpoint's architecture: {'; '.join(refused[:_SHOWN])}{more}"
         )

@@ -164,6 +164,10 @@ def train(
             help="First layer: checkpoint (equal channels), random, replicate, or a stem's name."
         ),
     ] = "checkpoint",
+    init_parts: Annotated[
+        Literal["encoder", "encoder+decoder"],
+        typer.Option(help="What is taken over; the decoder is a Retina U-Net's pyramid (U-FPN)."),
+    ] = "encoder",
     fold: Annotated[int, typer.Option(min=0, help="Fold that is held out.")] = 0,
     overrides: Overrides = None,
     device: Device = "auto",
@@ -179,8 +183,9 @@ def train(
     from voxelbridge.detect.train import train as run_train
 
     run_train(
-        preset, store=store, run=run, overrides=overrides or [], init=init, stem=stem, fold=fold,
-        device=device, workers=workers, dry_run=dry_run, tensorboard=tensorboard,
+        preset, store=store, run=run, overrides=overrides or [], init=init, stem=stem,
+        init_parts=init_parts, fold=fold, device=device, workers=workers, dry_run=dry_run,
+        tensorboard=tensorboard,
     )  # fmt: skip
 
 

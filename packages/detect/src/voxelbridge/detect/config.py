@@ -13,6 +13,9 @@ from voxelbridge.core.data.augment import SpatialAugmentation
 from voxelbridge.core.train.settings import TrainingSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# What a checkpoint gives to a detector. The paper's choice is the encoder; with the decoder (a
+# pyramid pre-trained with it, for a Retina U-Net) is its ablation.
+InitParts = Literal["encoder", "encoder+decoder"]
 
 
 class HardNegatives(Config):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from voxelbridge.core.config import Config
 
@@ -45,10 +45,41 @@ class EncoderConfig(Config):
 class DecoderConfig(Config):
     """A U-Net decoder over an encoder's stages (`unet.UNetDecoder`)."""
 
+    kind: Literal["unet"] = "unet"
     convs_per_stage: tuple[_Depth, ...] = Field(
         min_length=1, max_length=11
     )  # per level, finest first
     conv_bias: bool
+
+
+class UFPNConfig(Config):
+    """The pyramid of a Retina U-Net over an encoder's stages (`ufpn.UFPN`)."""
+
+    kind: Literal["ufpn"] = "ufpn"
+    out_channels: _Width = 128  # of the levels from first_level on
+    first_level: int = Field(default=2, ge=0, le=11)
+    min_channels: _Width = 8
+    kernel: tuple[_Kernel, _Kernel, _Kernel] = (3, 3, 3)  # z, y, x, odd
+    upsample_bias: bool = False
+
+    @model_validator(mode="after")
+    def _keeps_size(self) -> "UFPNConfig":
+        if any(edge % 2 == 0 for edge in self.kernel):
+            raise ValueError("kernel must be odd, so that a map keeps its size")
+        return self
+
+
+def _decoder_kind(value: object) -> object:
+    """Which decoder a table is for; files from before there were two do not say it."""
+    if isinstance(value, dict):
+        return value.get("kind", "unet")
+    return getattr(value, "kind", None)
+
+
+AnyDecoderConfig = Annotated[
+    Annotated[DecoderConfig, Tag("unet")] | Annotated[UFPNConfig, Tag("ufpn")],
+    Discriminator(_decoder_kind),
+]
 
 
 def cumulative_strides(strides: tuple[Triple, ...]) -> tuple[Triple, ...]:

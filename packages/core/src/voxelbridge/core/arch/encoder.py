@@ -24,7 +24,7 @@ class ResEncoder(nn.Module):
         self._in_channels = in_channels
         self._strides = cumulative_strides(config.strides)
         width = config.features[0]
-        self.stem = ConvNormAct(in_channels, width, kernel=config.kernels[0], bias=config.conv_bias)
+        self.stem = build_stem(config, in_channels=in_channels)
         self.stages = nn.ModuleList(
             ResidualStage(
                 before,
@@ -82,13 +82,7 @@ class PlainEncoder(nn.Module):
         self._in_channels = in_channels
         self._strides = cumulative_strides(config.strides)
         width = config.features[0]
-        self.stem = ConvNormAct(
-            in_channels,
-            width,
-            kernel=config.kernels[0],
-            bias=config.conv_bias,
-            stride=config.strides[0],
-        )
+        self.stem = build_stem(config, in_channels=in_channels)
         self.stages = nn.ModuleList(
             PlainStage(
                 before, features, convs=convs, kernel=kernel, stride=stride, bias=config.conv_bias
@@ -138,6 +132,20 @@ def build_encoder(config: EncoderConfig, *, in_channels: int) -> Encoder:
             return PlainEncoder(config, in_channels)
         case _:
             assert_never(config.kind)
+
+
+def build_stem(config: EncoderConfig, *, in_channels: int) -> ConvNormAct:
+    """The first convolution of the encoder that `config` describes.
+
+    Strided in a plain encoder, whose first stage begins with it; of stride 1 in a residual one.
+    """
+    return ConvNormAct(
+        in_channels,
+        config.features[0],
+        kernel=config.kernels[0],
+        bias=config.conv_bias,
+        stride=config.strides[0] if config.kind == "plain" else (1, 1, 1),
+    )
 
 
 def check_input_shape(shape: torch.Size, in_channels: int, stride: Triple) -> None:

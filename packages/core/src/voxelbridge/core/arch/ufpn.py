@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from voxelbridge.core.arch.config import Triple
+from voxelbridge.core.arch.config import EncoderConfig, Triple, UFPNConfig, cumulative_strides
 
 
 class UFPN(nn.Module):
@@ -86,6 +86,19 @@ class UFPN(nn.Module):
             x = self.lateral[level](features[level]) + self.upsample[level](x)
             fused[level] = x
         return [self.out[level](fused[level]) for level in wanted]
+
+
+def build_ufpn(config: UFPNConfig, encoder: EncoderConfig) -> UFPN:
+    """The pyramid that `config` describes, over an encoder described by `encoder`."""
+    return UFPN(
+        encoder.features,
+        cumulative_strides(encoder.strides),
+        out_channels=config.out_channels,
+        first_level=config.first_level,
+        min_channels=config.min_channels,
+        kernel=config.kernel,
+        upsample_bias=config.upsample_bias,
+    )
 
 
 def _factors(strides: Sequence[Triple]) -> list[Triple]:
