@@ -10,6 +10,7 @@ from voxelbridge.core.errors import ConfigError
 from voxelbridge.core.train.optim import SGD
 from voxelbridge.core.train.settings import patches_per_pass
 from voxelbridge.pretrain_ssl.config import PretrainConfig
+from voxelbridge.pretrain_ssl.methods.mae import MAE
 from voxelbridge.pretrain_ssl.train import build_objective
 
 
@@ -29,7 +30,7 @@ def test_mae_preset_is_the_papers() -> None:
     assert config.optim.decay_norm_layers
     assert config.clip_norm == 12
     assert config.precision == "bf16"
-    assert (config.method.mask_ratio, config.method.block_size) == (0.75, 16)
+    assert config.method == MAE(mask_ratio=0.75, block_size=16)
     assert patches_per_pass(config, ranks=4) == 3
 
 
@@ -58,7 +59,7 @@ def test_encoder_names_are_those_of_the_presets() -> None:
 
 def test_same_seed_draws_the_same_network() -> None:
     first, again, other = (
-        build_objective(load("mae_small", f"seed={seed}").config, 1).output.weight
+        build_objective(load("mae_small", f"seed={seed}").config, 1).get_parameter("output.weight")
         for seed in (1, 1, 2)
     )
     assert first.equal(again)
@@ -71,9 +72,9 @@ def test_same_seed_draws_the_same_network() -> None:
         ("method.block_size=7", r"method: .*blocks of 7 voxels do not divide the patch \[48"),
         ("method.mask_ratio=0.001", r"method: .*hides none of the"),
         ("method.mask_ratio=1.0", r"method\.mask_ratio: got 1\.0"),
-        ("patch_size=[48,48,44]", r"encoder: .*total stride \[8, 8, 8\] does not divide patch"),
+        ("patch_size=[48,48,44]", r"method: .*blocks of 8 voxels do not divide the patch"),
         ("method.mask_ration=0.5", r"did you mean method\.mask_ratio\?"),
-        ("method.name=voco", r"method\.name: got \"voco\""),
+        ("method.name=vocoo", r"method\.name: got \"vocoo\""),
         ("seed=-1", "seed: got -1"),
         ("schedule.warmup_steps=60", "take all 60 steps"),
     ],
@@ -100,3 +101,10 @@ def test_batch_that_does_not_divide_is_a_config_error() -> None:
     assert patches_per_pass(config, ranks=1) == 1
     with pytest.raises(ConfigError, match="batch_size: got 2, expected a multiple of 4"):
         patches_per_pass(config, ranks=2)
+
+
+def test_patch_must_fit_the_encoder() -> None:
+    path = preset_path("voxelbridge.pretrain_ssl", "mae_small")
+    overrides = ["patch_size=[48,48,44]", "method.block_size=4"]
+    with pytest.raises(ConfigError, match=r"total stride \[8, 8, 8\] of resenc_small does not div"):
+        load_config(PretrainConfig, path, overrides)

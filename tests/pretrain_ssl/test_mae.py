@@ -3,14 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from voxelbridge.core.arch.config import EncoderConfig
 from voxelbridge.core.arch.encoder import build_encoder
 from voxelbridge.core.arch.presets import RESENC_SMALL
-from voxelbridge.pretrain_ssl.methods.mae import MAE, MAEObjective, hide, masked_mse
+from voxelbridge.pretrain_ssl.methods.mae import MAE, MAEObjective
+from voxelbridge.pretrain_ssl.reconstruction import hide
 
 
 def upsample(hidden: Tensor, factors: tuple[int, int, int]) -> Tensor:
@@ -18,82 +17,6 @@ def upsample(hidden: Tensor, factors: tuple[int, int, int]) -> Tensor:
     for axis, factor in enumerate(factors):
         voxels = voxels.repeat_interleave(factor, axis + 2)
     return voxels
-
-
-def slow_masked_mse(prediction: Tensor, image: Tensor, hidden: Tensor) -> Tensor:
-    size = zip(image.shape[2:], hidden.shape[1:], strict=True)
-    z, y, x = (edge // blocks for edge, blocks in size)
-    mask = upsample(hidden, (z, y, x)).expand_as(image)
-    return (prediction.double() - image.double())[mask].square().mean()
-
-
-@given(
-    batch=st.integers(1, 3),
-    channels=st.integers(1, 2),
-    grid=st.tuples(*[st.integers(1, 3)] * 3),
-    block=st.tuples(*[st.integers(1, 3)] * 3),
-    seed=st.integers(0, 1000),
-)
-@settings(deadline=None, max_examples=20)
-def test_loss_and_gradient_equal_the_slow_reference(
-    batch: int,
-    channels: int,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    seed: int,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, channels, *(g * b for g, b in zip(grid, block, strict=True)))
-    image = torch.randn(shape, generator=generator)
-    prediction = torch.randn(shape, generator=generator, requires_grad=True)
-    hidden = torch.rand((batch, *grid), generator=generator) < 0.6
-    hidden[0, 0, 0, 0] = True
-    reference = prediction.detach().requires_grad_()
-    loss, expected = (
-        masked_mse(prediction, image, hidden),
-        slow_masked_mse(reference, image, hidden),
-    )
-    (3 * loss).backward()
-    (3 * expected).backward()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(prediction.grad, reference.grad, rtol=1e-5, atol=1e-7)
-
-
-def test_loss_of_a_large_patch_is_exact_in_float32() -> None:
-    image, prediction = torch.randn(1, 1, 96, 96, 96), torch.randn(1, 1, 96, 96, 96)
-    hidden = torch.rand(1, 6, 6, 6) < 0.75
-    expected = slow_masked_mse(prediction, image, hidden).item()
-    assert masked_mse(prediction, image, hidden).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_loss_is_float32_for_a_bf16_prediction() -> None:
-    prediction = torch.full((1, 1, 4, 4, 4), 1.0, dtype=torch.bfloat16, requires_grad=True)
-    loss = masked_mse(prediction, torch.zeros(1, 1, 4, 4, 4), torch.ones(1, 2, 2, 2).bool())
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert loss.item() == 1.0
-    assert prediction.grad is not None
-    assert prediction.grad.dtype == torch.bfloat16
-
-
-def test_visible_voxels_do_not_count_even_if_not_finite() -> None:
-    hidden = torch.tensor([[[[True, False]]]])
-    prediction = torch.tensor([[[[[1.0, float("nan")]]]]], requires_grad=True)
-    loss = masked_mse(prediction, torch.zeros(1, 1, 1, 1, 2), hidden)
-    loss.backward()
-    assert loss.item() == 1.0
-    assert prediction.grad is not None
-    assert prediction.grad.flatten().tolist() == [2.0, 0.0]
-
-
-def test_hidden_voxels_become_zero_and_the_image_stays() -> None:
-    image = torch.randn(2, 1, 8, 8, 8)
-    before = image.clone()
-    hidden = torch.rand(2, 2, 2, 2) < 0.5
-    visible = hide(image, hidden)
-    mask = upsample(hidden, (4, 4, 4))
-    assert torch.equal(visible, image * ~mask)
-    assert torch.equal(image, before)
 
 
 def test_hidden_voxels_do_not_reach_the_prediction() -> None:
@@ -109,10 +32,75 @@ def test_hidden_voxels_do_not_reach_the_prediction() -> None:
 
 def test_views_hold_the_patch_and_its_mask() -> None:
     patch = np.random.default_rng(0).standard_normal((2, 16, 16, 32)).astype(np.float32)
-    views = MAE(block_size=8).views(patch, np.random.default_rng(1))
+    views = MAE(block_size=8).views(patch, np.random.default_rng(1), masks={})
     assert views["image"] is patch
+    assert set(views) == {"image", "hidden"}
     assert views["hidden"].shape == (2, 2, 4)
     assert views["hidden"].sum() == 12
+
+
+def slow_loss(prediction: Tensor, image: Tensor, hidden: Tensor, excluded: Tensor | None) -> float:
+    """Mean squared error, voxel by voxel, over what is hidden and not excluded."""
+    total, count = 0.0, 0
+    block = [n // g for n, g in zip(image.shape[2:], hidden.shape[1:], strict=True)]
+    for b, c, z, y, x in np.ndindex(*image.shape):
+        if hidden[b, z // block[0], y // block[1], x // block[2]] and not (
+            excluded is not None and excluded[b, z, y, x]
+        ):
+            total += (float(prediction[b, c, z, y, x]) - float(image[b, c, z, y, x])) ** 2
+            count += 1
+    return total / max(count, 1)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_losses_equal_a_slow_reference(with_mask: bool) -> None:
+    torch.manual_seed(0)
+    method = MAE(block_size=4, exclude_mask="anonymization" if with_mask else None)
+    objective = method.build(build_encoder(RESENC_SMALL, in_channels=2))
+    image = torch.randn(2, 2, 16, 8, 8)
+    rng = np.random.default_rng(0)
+    masks = {"anonymization": (rng.random((16, 8, 8)) < 0.3).astype(np.uint8)}
+    views = [method.views(patch.numpy(), rng, masks=masks) for patch in image]
+    batch = {name: torch.from_numpy(np.stack([v[name] for v in views])) for name in views[0]}
+    assert ("excluded" in batch) == with_mask
+    with torch.no_grad():
+        prediction = objective.reconstruct(hide(image, batch["hidden"]))
+        loss, trivial = objective(batch)["total"], objective.trivial(batch)
+    excluded = batch.get("excluded")
+    expected = slow_loss(prediction, image, batch["hidden"], excluded)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    visible = ~upsample(batch["hidden"], (4, 4, 4)).expand_as(image)
+    means = torch.stack([
+        torch.stack([image[b, c][visible[b, c]].mean().expand(16, 8, 8) for c in range(2)])
+        for b in range(2)
+    ])  # fmt: skip
+    expected = slow_loss(means, image, batch["hidden"], excluded)
+    assert trivial.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_patch_that_is_excluded_whole_has_loss_zero() -> None:
+    objective = MAE(block_size=8).build(build_encoder(RESENC_SMALL, in_channels=1))
+    batch = {
+        "image": torch.randn(1, 1, 16, 16, 16),
+        "hidden": torch.rand(1, 2, 2, 2) < 0.75,
+        "excluded": torch.ones(1, 16, 16, 16, dtype=torch.bool),
+    }
+    loss = objective(batch)["total"]
+    loss.backward()
+    assert loss.item() == 0.0
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_pictures_show_image_mask_and_reconstruction() -> None:
+    objective = MAE(block_size=8).build(build_encoder(RESENC_SMALL, in_channels=1))
+    image, hidden = torch.randn(2, 1, 16, 16, 16), torch.rand(2, 2, 2, 2) < 0.75
+    with torch.no_grad():
+        picture = objective.pictures({"image": image, "hidden": hidden})
+    assert [panel.name for panel in picture.panels] == ["image", "visible", "reconstruction"]
+    np.testing.assert_array_equal(picture.panels[0].values, image[0, 0, 8].numpy())
+    masked = upsample(hidden, (8, 8, 8))[0, 0, 8].numpy()
+    np.testing.assert_array_equal(np.isnan(picture.panels[1].values), masked)
 
 
 def test_every_parameter_gets_a_gradient() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from voxelbridge.core.checkpoint import read_checkpoint
 from voxelbridge.core.config import load_config, preset_path
+from voxelbridge.core.data.case_store import CaseStore
 from voxelbridge.core.errors import ConfigError, DataError
 from voxelbridge.core.train.metrics import read_metrics
 from voxelbridge.core.transfer import load_encoder
@@ -20,6 +21,7 @@ from voxelbridge.pretrain_ssl.export import export
 from voxelbridge.pretrain_ssl.train import train
 
 STEPS = 30
+METHODS = ("mae", "s3d", "models_genesis", "voco")
 SMALL = (
     "patch_size=[16,16,16]",
     f"schedule.steps={STEPS}",
@@ -65,11 +67,14 @@ def test_short_run_writes_everything(tiny_store: Path, tmp_path: Path) -> None:
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [3, 5]
     assert {"step", "loss", "learning_rate", "gradient_norm"} == set(records[0])
-    assert set(records[1]) - set(records[0]) == {"val_loss"}
+    assert set(records[1]) - set(records[0]) == {"val_loss", "val_trivial"}
+    pictures = [item.name for item in sorted((tmp_path / "run" / "pictures").iterdir())]
+    assert pictures == ["step-00000005-0.png", "step-00000005-1.png"]
     metadata = read_checkpoint(path).metadata
     assert metadata.method == "mae"
     assert metadata.source.steps == 6
     assert metadata.source.datasets == ("store",)
+    assert metadata.source.data_sha256 == CaseStore.open(tiny_store).digest
     assert metadata.spacing_mm == (1.0, 1.0, 1.0)
     assert metadata.patch_size == (16, 16, 16)
     assert metadata.normalization == ({"name": "zscore", "nonzero_only": False},)
@@ -108,7 +113,9 @@ def test_dry_run_writes_nothing(
     run = tmp_path / "run"
     assert train(small(), store=tiny_store, run=run, device="cpu", dry_run=True) is None
     assert not run.exists()
-    assert "dry run: one step done, nothing written" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "dry run: nothing written" in output
+    assert "peak memory" in output
 
 
 def test_differing_config_on_an_existing_run_lists_the_keys(

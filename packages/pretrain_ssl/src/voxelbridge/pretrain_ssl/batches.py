@@ -1,109 +1,128 @@
-"""Patches of a case store as a method wants to see them, and which cases are for validation."""
+"""Patches of a case store as a method wants to see them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from voxelbridge.core.data.augment import SpatialAugmentation
+from voxelbridge.core.data.case_order import CaseOrder
 from voxelbridge.core.data.case_store import CaseStore
-from voxelbridge.core.data.patches import uniform_start
+from voxelbridge.core.data.patches import Start, centred_start, uniform_start
 from voxelbridge.core.errors import DataError
 from voxelbridge.core.train.settings import PatchSize
+from voxelbridge.pretrain_ssl.failures import FAILED
 from voxelbridge.pretrain_ssl.method import Method
 
-MIN_PATIENTS_TO_SPLIT = 10  # fewer patients all train
-PATIENTS_PER_VALIDATION_PATIENT = 20
-MAX_VALIDATION_PATIENTS = 50
-_SPLIT_STREAM = 2  # keep the random streams of split and validation apart from training's
-_VALIDATION_STREAM = 3
+MAX_REPLACEMENTS = 20  # cases tried in the place of one that cannot be read
+MASK_TRIES = 200  # random voxels looked up before a mask is read whole
+_SAMPLE_STREAM, _VALIDATION_STREAM = 4, 3  # random streams of a seed
+
+Batch = dict[str, Any]  # tensors (B, ...) by name; FAILED: pairs of case and message
 
 
 @dataclass(frozen=True, eq=False)
 class PatchSampler:
-    """Makes the batch of a step: cases uniform with replacement, positions uniform, 0 outside.
+    """Makes the patches of a training's forward pass `pass_number`, of this rank.
 
-    Patches are mirrored along each axis with probability 0.5 where `mirror` is set.
+    Sample number (pass_number * ranks + rank) * num_patches + i of the whole job has a case from
+    `order` and a random stream of its own, so that several ranks draw together exactly the batch
+    that one process would. A case that cannot be read is replaced by another one of its stratum
+    and named in the batch.
     """
 
     store: CaseStore
-    case_ids: Sequence[str]
+    order: CaseOrder
     patch_size: PatchSize
     num_patches: int
     method: Method
-    mirror: bool = True
+    seed: int
+    augmentation: SpatialAugmentation
+    centre_mask: str | None = None
+    rank: int = 0
+    ranks: int = 1
 
-    def __call__(self, step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Views of `num_patches` patches, stacked: every value (B, ...)."""
-        del step  # everything random comes from rng
-        return stack_views([self._view(rng) for _ in range(self.num_patches)])
+    def __call__(self, pass_number: int, _rng: np.random.Generator | None = None) -> Batch:
+        """Views of the pass's patches, stacked: every value (B, ...)."""
+        first = (pass_number * self.ranks + self.rank) * self.num_patches
+        return self._batch(range(first, first + self.num_patches), _SAMPLE_STREAM)
 
-    def _view(self, rng: np.random.Generator) -> Mapping[str, NDArray[Any]]:
-        case_id = self.case_ids[int(rng.integers(len(self.case_ids)))]
-        start = uniform_start(rng, self.store.record(case_id).shape[1:], self.patch_size)
-        patch = self.store.read_patch(case_id, start, self.patch_size, pad_value=0.0)
-        if self.mirror:
-            patch = mirror(patch, rng)
-        return self.method.views(np.ascontiguousarray(patch), rng)
+    def validation_batch(self, index: int) -> Batch:
+        """Validation patch `index`: the same patch and views at every call."""
+        return self._batch([index], _VALIDATION_STREAM)
 
+    def for_validation(self, order: CaseOrder) -> "PatchSampler":
+        """The sampler of the validation cases: patches as they are, one per batch."""
+        return replace(self, order=order, augmentation=SpatialAugmentation.none())
 
-def validation_sampler(training: PatchSampler, case_ids: Sequence[str]) -> PatchSampler:
-    """One patch per batch from the validation cases, as they are."""
-    return PatchSampler(
-        training.store, case_ids, training.patch_size, 1, training.method, mirror=False
-    )
+    def _batch(self, samples: Sequence[int], stream: int) -> Batch:
+        failures: list[tuple[str, str]] = []
+        views = []
+        for sample in samples:
+            rng = np.random.default_rng(np.random.SeedSequence((self.seed, stream, sample)))
+            views.append(self._view(sample, rng, failures))
+        return stack_views(views) | {FAILED: failures}
 
+    def _view(
+        self, sample: int, rng: np.random.Generator, failures: list[tuple[str, str]]
+    ) -> Mapping[str, NDArray[Any]]:
+        case_id = self.order.case(sample)
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                patch, masks = self._cut(case_id, rng)
+            except DataError as error:
+                failures.append((case_id, str(error)))
+                groups = self.order.strata[self.order.draw(sample)[0]].groups
+                group = groups[int(rng.integers(len(groups)))]
+                case_id = group[int(rng.integers(len(group)))]
+                continue
+            return self.method.views(patch, rng, masks=masks)
+        raise DataError(
+            f"{len(failures)} cases in a row could not be read; the last one: {failures[-1][1]}"
+        )
 
-def validation_batch(sampler: PatchSampler, index: int, *, seed: int) -> dict[str, Tensor]:
-    """Validation batch `index`: the same patch and mask at every call."""
-    rng = np.random.default_rng(np.random.SeedSequence((seed, _VALIDATION_STREAM, index)))
-    return sampler(index, rng)
-
-
-def split_cases(patients: Mapping[str, str], *, seed: int) -> tuple[list[str], list[str]]:
-    """Training and validation cases, both sorted, from the patient of each case.
-
-    One patient in 20 validates with all cases, at least one and at most 50, drawn by `seed` from
-    the sorted names; with fewer than 10 patients none does.
-    """
-    names = sorted(set(patients.values()))
-    if len(names) < MIN_PATIENTS_TO_SPLIT:
-        return sorted(patients), []
-    count = min(MAX_VALIDATION_PATIENTS, max(1, len(names) // PATIENTS_PER_VALIDATION_PATIENT))
-    rng = np.random.default_rng(np.random.SeedSequence((seed, _SPLIT_STREAM)))
-    chosen = {names[index] for index in rng.permutation(len(names))[:count]}
-    training = sorted(case for case, patient in patients.items() if patient not in chosen)
-    return training, sorted(case for case, patient in patients.items() if patient in chosen)
-
-
-def patients_of(store: CaseStore) -> dict[str, str]:
-    """The patient of each case of a store; a case whose patient is not known is its own."""
-    return {record.case_id: record.provenance.patient or record.case_id for record in store.cases}
-
-
-def channel_count(store: CaseStore) -> int:
-    """Channels of the store's images; DataError unless all cases have the same number."""
-    if not store.cases:
-        raise DataError(f"{store.root}: the store has no case; prepare some images first")
-    first = store.cases[0]
-    for record in store.cases:
-        if record.shape[0] != first.shape[0]:
-            raise DataError(
-                f"{store.root}: case {record.case_id} has {record.shape[0]} channels, case "
-                f"{first.case_id} has {first.shape[0]}; all cases need the same number"
+    def _cut(
+        self, case_id: str, rng: np.random.Generator
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.uint8]]]:
+        """A patch and the masks that the method uses (0 where a case has none, and outside)."""
+        params = self.augmentation.sample(rng, self.patch_size)
+        start, size = params.source_box(self._start(case_id, rng))
+        source = self.store.read_patch(case_id, start, size, pad_value=0.0)
+        masks = {
+            name: np.ascontiguousarray(
+                params.apply_labels(self.store.read_mask_patch(case_id, name, start, size))
+                if name in self.store.record(case_id).mask_names
+                else np.zeros(self.patch_size, dtype=np.uint8)
             )
-    return first.shape[0]
+            for name in self.method.used_masks
+        }
+        return np.ascontiguousarray(params.apply_image(source)), masks
+
+    def _start(self, case_id: str, rng: np.random.Generator) -> Start:
+        record = self.store.record(case_id)
+        shape = record.shape[1:]
+        if self.centre_mask is not None and self.centre_mask in record.mask_names:
+            voxel = self._voxel_in_mask(case_id, self.centre_mask, rng)
+            if voxel is not None:
+                return centred_start(voxel, shape, self.patch_size)
+        return uniform_start(rng, shape, self.patch_size)
+
+    def _voxel_in_mask(
+        self, case_id: str, name: str, rng: np.random.Generator
+    ) -> NDArray[np.integer] | None:
+        """A voxel (3,) uniform over the mask; None where the mask is empty."""
+        shape = self.store.record(case_id).shape[1:]
+        for _ in range(MASK_TRIES):  # most masks are large: looking up voxels reads a few blocks
+            voxel = rng.integers(0, shape)
+            if self.store.read_mask_patch(case_id, name, voxel.tolist(), (1, 1, 1))[0, 0, 0]:
+                return voxel
+        inside = np.argwhere(self.store.read_mask_patch(case_id, name, (0, 0, 0), shape))
+        return inside[int(rng.integers(len(inside)))] if len(inside) else None
 
 
-def mirror(patch: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
-    """A view of (C, D, H, W), flipped along each spatial axis with probability 0.5."""
-    axes = tuple(axis + 1 for axis, flips in enumerate(rng.random(3) < 0.5) if flips)
-    return np.flip(patch, axes)
-
-
-def stack_views(views: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, Tensor]:
+def stack_views(views: Sequence[Mapping[str, NDArray[Any]]]) -> Batch:
     """A batch of the views of several patches: each value gets a leading axis B."""
     return {name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]}

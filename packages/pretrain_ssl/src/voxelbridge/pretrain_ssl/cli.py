@@ -40,7 +40,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable."),
 ]
-Preset = Annotated[str, typer.Argument(help="Shipped preset (mae, mae_small) or a TOML file.")]
+Preset = Annotated[
+    str,
+    typer.Argument(
+        help="Shipped preset (mae, s3d, models_genesis, voco; each also with _24gb or _small) or a "
+        "TOML file."
+    ),
+]
 
 
 @app.command()
@@ -138,12 +144,28 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors to write.")],
+    license_name: Annotated[
+        str | None,
+        typer.Option("--license", help="Licence of the weights, for instance CC-BY-4.0."),
+    ] = None,
 ) -> None:
-    """Write the run's encoder and decoder as a checkpoint."""
+    """Write the run's encoder (and decoder where it has one) as a checkpoint."""
     from voxelbridge.pretrain_ssl.export import export as export_run
 
-    metadata = export_run(run, output)
+    metadata = export_run(run, output, license_name=license_name)
     typer.echo(f"{output}: {metadata.method}, {metadata.source.steps} steps")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory, finished or not.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write.")],
+) -> None:
+    """One HTML page to look through: loss curves and pictures."""
+    from voxelbridge.pretrain_ssl.report import write_pretraining_report
+
+    write_pretraining_report(run, output)
+    typer.echo(f"written to {output}")
 
 
 @app.command()

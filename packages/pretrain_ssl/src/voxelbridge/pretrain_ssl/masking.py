@@ -45,3 +45,10 @@ def as_blocks(voxels: Tensor, grid: Sequence[int]) -> Tensor:
 def over_blocks(per_block: Tensor) -> Tensor:
     """(B, gz, gy, gx) -> view (B, 1, gz, 1, gy, 1, gx, 1) that broadcasts over `as_blocks`."""
     return per_block[:, None, :, None, :, None, :, None]
+
+
+def over_voxels(per_block: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, gz, gy, gx) -> (B, *size): every voxel has the value of its block."""
+    for axis, edge in enumerate(size, start=1):
+        per_block = per_block.repeat_interleave(edge // per_block.shape[axis], dim=axis)
+    return per_block

@@ -1,35 +1,35 @@
-"""Pre-training from start to finished checkpoint, top to bottom; and the export of a run."""
+"""Pre-training from start to finished checkpoint, top to bottom."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from voxelbridge.core.arch.encoder import build_encoder
 from voxelbridge.core.arch.init import initialize
 from voxelbridge.core.arch.presets import ENCODER_PRESETS
 from voxelbridge.core.data.batches import step_batches
 from voxelbridge.core.data.case_store import CaseStore
+from voxelbridge.core.data.patient_split import MIN_PATIENTS_TO_SPLIT, patients_of, split_cases
 from voxelbridge.core.train.distributed import DeviceChoice, World, join_world
 from voxelbridge.core.train.loop import open_training, report_stop
 from voxelbridge.core.train.metrics import Meter
 from voxelbridge.core.train.optim import build_optimizer
+from voxelbridge.core.train.placement import place_objective
 from voxelbridge.core.train.resume import stop_on_signals
 from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
-from voxelbridge.core.train.steps import autocast, move, place
-from voxelbridge.pretrain_ssl.batches import (
-    MIN_PATIENTS_TO_SPLIT,
-    PatchSampler,
-    channel_count,
-    patients_of,
-    split_cases,
-    validation_batch,
-    validation_sampler,
-)
+from voxelbridge.core.train.steps import autocast, move
+from voxelbridge.pretrain_ssl.batches import Batch, PatchSampler
+from voxelbridge.pretrain_ssl.cases import Sampling, case_order, channel_count, check_masks
 from voxelbridge.pretrain_ssl.config import KIND, PretrainConfig
 from voxelbridge.pretrain_ssl.export import FINAL_CHECKPOINT, write_pretrained
-from voxelbridge.pretrain_ssl.methods.mae import MAEObjective
+from voxelbridge.pretrain_ssl.failures import FAILED, FailureWatch
+from voxelbridge.pretrain_ssl.method import Objective
+from voxelbridge.pretrain_ssl.pictures import Picture, draw_picture, picture_path, write_picture
 
 
 def train(
@@ -49,18 +49,33 @@ def train(
     """
     cases = CaseStore.open(store)
     channels = channel_count(cases)
+    wanted = (config.sampling.centre_mask, *config.method.used_masks)
+    check_masks(cases, [name for name in wanted if name is not None])
     training_cases, validation_cases = split_cases(patients_of(cases), seed=config.seed)
     facts = data_facts(cases, store, channels, validation_cases)
     with join_world(device) as world, stop_on_signals() as stop:
-        objective = build_objective(config, channels)
-        place(objective, world.device, config.precision)
-        optimizer = build_optimizer(config.optim, objective)
-        per_pass = patches_per_pass(config, ranks=world.size)
-        sampler = PatchSampler(cases, training_cases, config.patch_size, per_pass, config.method)
+        module = build_objective(config, channels)
+        objective = as_objective(module)
+        place_objective(module, config, world.device)
+        optimizer = build_optimizer(config.optim, module)
+        sampler = PatchSampler(
+            cases,
+            case_order(cases, training_cases, config.sampling, seed=config.seed),
+            config.patch_size,
+            patches_per_pass(config, ranks=world.size),
+            config.method,
+            seed=config.seed,
+            augmentation=config.augmentation,
+            centre_mask=config.sampling.centre_mask,
+            rank=world.rank,
+            ranks=world.size,
+        )
+        held_out = validation_sampler(sampler, validation_cases, config)
+        failures = FailureWatch(len(cases.cases), max_share=config.max_failed_share)
         if world.is_main:
-            _describe(config, objective, training_cases, validation_cases, world)
+            _describe(config, module, training_cases, validation_cases, world)
         with open_training(
-            run, config, kind=KIND, world=world, stop=stop, objective=objective,
+            run, config, kind=KIND, world=world, stop=stop, objective=module,
             optimizer=optimizer, facts=facts, tensorboard=tensorboard, dry_run=dry_run,
             arguments={"store": str(store), "workers": workers},
         ) as training:  # fmt: skip
@@ -72,10 +87,15 @@ def train(
                 workers=workers,
                 rank=world.rank,
             )
-            held_out = validation_sampler(sampler, validation_cases)
-            for result in training.steps(batches):
-                if validation_cases and due(config.validate_every_steps, result.step):
-                    training.log(validate(objective, held_out, config, world))
+            for result in training.steps(failures.watch(batches)):
+                if held_out and due(config.validate_every_steps, result.step):
+                    training.log(validate(module, held_out, config, world))
+                    if world.is_main and not dry_run:
+                        for index, picture in enumerate(pictures_of(module, held_out, config)):
+                            write_picture(picture_path(run, result.step, index), picture)
+                            training.add_picture(f"patch {index}", draw_picture(picture))
+                if failures.count and due(config.log_every_steps, result.step):
+                    training.log({"failed_cases": failures.count})
             output = run / "checkpoints" / FINAL_CHECKPOINT
             if training.is_finished and world.is_main:
                 write_pretrained(
@@ -84,33 +104,83 @@ def train(
                 print(f"finished: {output}")
         report_stop(training)
         if dry_run and world.is_main:
-            print(f"dry run: one step done, nothing written to {run}")
+            print(f"dry run: nothing written to {run}")
         return output if training.is_finished else None
 
 
-def build_objective(config: PretrainConfig, channels: int) -> MAEObjective:
+def build_objective(config: PretrainConfig, channels: int) -> nn.Module:
     """The network of a config with its initial weights, which `seed` decides."""
     torch.manual_seed(config.seed)
     encoder = build_encoder(ENCODER_PRESETS[config.encoder], in_channels=channels)
-    objective = config.method.build(encoder)
-    initialize(objective, config.init)
-    return objective
+    initialize(encoder, config.init)
+    module = config.method.build(encoder)  # after it: a teacher starts as a copy of the encoder
+    if (decoder := as_objective(module).decoder) is not None:
+        initialize(decoder, config.init)
+    return module
+
+
+def as_objective(module: nn.Module) -> Objective:
+    """`module` with what the training asks of it besides being a module."""
+    assert isinstance(module, Objective)
+    return module
+
+
+def validation_sampler(
+    training: PatchSampler, case_ids: list[str], config: PretrainConfig
+) -> PatchSampler | None:
+    """The sampler of the fixed validation patches; None where there are none."""
+    if not case_ids or not config.validation_patches:
+        return None
+    order = case_order(training.store, case_ids, Sampling(), seed=config.seed)
+    return training.for_validation(order)
 
 
 @torch.no_grad()
 def validate(
-    objective: MAEObjective, sampler: PatchSampler, config: PretrainConfig, world: World
+    module: nn.Module, sampler: PatchSampler, config: PretrainConfig, world: World
 ) -> dict[str, float]:
-    """Mean losses over the fixed validation patches, as `val_loss` and `val_<part>`."""
-    objective.eval()
+    """Mean losses over the fixed validation patches, and what the trivial predictor has there.
+
+    Named `val_loss`, `val_trivial` and `val_<part>`.
+    """
     meter = Meter()
-    for index in range(world.rank, config.validation_patches, world.size):
-        batch = move(validation_batch(sampler, index, seed=config.seed), world.device)
-        with autocast(world.device, config.precision):
-            meter.add(objective(batch))
-    objective.train()
+    objective = as_objective(module)
+    with evaluating(module):
+        for index in range(world.rank, config.validation_patches, world.size):
+            batch = validation_batch(sampler, index, world.device)
+            with autocast(world.device, config.precision):
+                meter.add({**module(batch), "trivial": objective.trivial(batch)})
     means = meter.means(world)
     return {"val_loss" if name == "total" else f"val_{name}": v for name, v in means.items()}
+
+
+@torch.no_grad()
+def pictures_of(
+    module: nn.Module, sampler: PatchSampler, config: PretrainConfig
+) -> Iterator[Picture]:
+    """What the network makes of the first validation patches."""
+    device = next(module.parameters()).device
+    for index in range(min(config.pictures, config.validation_patches)):
+        batch = validation_batch(sampler, index, device)
+        with evaluating(module), autocast(device, config.precision):
+            yield as_objective(module).pictures(batch)
+
+
+def validation_batch(sampler: PatchSampler, index: int, device: torch.device) -> Batch:
+    """Validation patch `index` on `device`."""
+    batch = sampler.validation_batch(index)
+    del batch[FAILED]  # only what training meets is counted
+    return move(batch, device)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in inference mode inside the block, training again afterwards."""
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
 
 
 def data_facts(
@@ -119,10 +189,11 @@ def data_facts(
     """What identifies the data of a run, and what its checkpoint says about them."""
     spacings = {record.spacing_mm for record in cases.cases}
     details = cases.details(cases.cases[0].case_id)
+    datasets = sorted({r.provenance.dataset for r in cases.cases if r.provenance.dataset})
     return {
         "schema": 1,
         "store_sha256": cases.digest,
-        "dataset": store.resolve().name,
+        "datasets": datasets or [store.resolve().name],
         "num_cases": len(cases.cases),
         "channels": channels,
         "spacing_mm": list(spacings.pop()) if len(spacings) == 1 else None,  # None: it varies
@@ -133,12 +204,12 @@ def data_facts(
 
 def _describe(
     config: PretrainConfig,
-    objective: MAEObjective,
+    module: nn.Module,
     training_cases: list[str],
     validation_cases: list[str],
     world: World,
 ) -> None:
-    parameters = sum(p.numel() for p in objective.parameters())
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     print(
         f"{config.method.name}: {config.encoder}, {parameters:,} parameters, "
         f"{len(training_cases)} training cases, {world.size} x {world.device.type}"

@@ -7,28 +7,34 @@ against the z-scored image itself.
 
 Differs from He et al.: no token is dropped, the target is not normalised per block, the decoder has
 skip connections. Differs from nnssl: the decoder has one output layer only (nnssl registers unused
-ones per level), masks are drawn from the batch's own generator, bf16 instead of fp16 with loss
-scaling, and rotation and scaling are not among the augmentations yet (mirroring is).
+ones per level), masks are drawn from the sample's own generator, and bf16 instead of fp16 with loss
+scaling. `parity` changes nothing here: nnssl's MAE has no defect to mend.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from voxelbridge.core.arch.config import DecoderConfig
+from voxelbridge.core.arch.config import DecoderConfig, Triple
 from voxelbridge.core.arch.encoder import PlainEncoder, ResEncoder
 from voxelbridge.core.arch.unet import UNetDecoder, build_decoder
 from voxelbridge.core.config import Config
 from voxelbridge.pretrain_ssl.masking import (
-    as_blocks,
     block_grid,
     hidden_count,
-    over_blocks,
+    over_voxels,
     random_block_mask,
+)
+from voxelbridge.pretrain_ssl.pictures import Picture, slice_panel
+from voxelbridge.pretrain_ssl.reconstruction import (
+    hide,
+    masked_mse,
+    masked_mse_outside,
+    visible_means,
 )
 
 CITATIONS = (
@@ -42,15 +48,26 @@ class MAE(Config):
     """Settings of the method, and how they become an objective and views of a patch."""
 
     name: Literal["mae"] = "mae"
+    parity: Literal["paper", "nnssl"] = "paper"
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # of the blocks of a patch
     block_size: PositiveInt = 16  # edge of a mask block in voxels
+    exclude_mask: str | None = None  # stored mask whose voxels do not count, e.g. "anonymization"
+
+    @property
+    def used_masks(self) -> tuple[str, ...]:
+        """Names of the stored masks that `views` takes."""
+        return () if self.exclude_mask is None else (self.exclude_mask,)
 
     @property
     def citations(self) -> tuple[str, ...]:
         """Whom to cite."""
         return CITATIONS
 
-    def check_patch(self, patch_size: tuple[int, int, int]) -> None:
+    def network_input(self, patch_size: Triple) -> Triple:
+        """The size that the encoder sees."""
+        return patch_size
+
+    def check_patch(self, patch_size: Triple) -> None:
         """ValueError unless the blocks divide the patch, some are hidden and some are not."""
         grid = block_grid(patch_size, self.block_size)
         if hidden_count(grid, self.mask_ratio) == 0:
@@ -63,12 +80,18 @@ class MAE(Config):
         return MAEObjective(encoder, build_decoder(shape, encoder.config), decoder_config=shape)
 
     def views(
-        self, patch: NDArray[np.float32], rng: np.random.Generator
+        self,
+        patch: NDArray[np.float32],
+        rng: np.random.Generator,
+        *,
+        masks: Mapping[str, NDArray[np.uint8]],
     ) -> dict[str, NDArray[Any]]:
-        """What the objective needs of a patch (C, D, H, W): `image` and its `hidden` blocks."""
-        size = patch.shape[1:]
-        grid = block_grid(size, self.block_size)
-        return {"image": patch, "hidden": random_block_mask(rng, grid, ratio=self.mask_ratio)}
+        """What the objective needs of a patch (C, D, H, W): image, hidden blocks, excluded."""
+        grid = block_grid(patch.shape[1:], self.block_size)
+        views = {"image": patch, "hidden": random_block_mask(rng, grid, ratio=self.mask_ratio)}
+        if self.exclude_mask is not None:
+            views["excluded"] = masks[self.exclude_mask] != 0
+        return views
 
 
 class MAEObjective(nn.Module):
@@ -88,60 +111,39 @@ class MAEObjective(nn.Module):
         self.decoder_config = decoder_config
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`image` (B, C, D, H, W) and `hidden` (B, gz, gy, gx) bool, True = masked out."""
-        image, hidden = batch["image"], batch["hidden"]
-        prediction = self.reconstruct(hide(image, hidden))
-        return {"total": masked_mse(prediction, image, hidden)}
+        """`image` (B, C, D, H, W) and `hidden` (B, gz, gy, gx) bool, True = masked out.
+
+        With `excluded` (B, D, H, W) bool, these voxels do not count.
+        """
+        prediction = self.reconstruct(hide(batch["image"], batch["hidden"]))
+        return {"total": _loss(prediction, batch)}
+
+    def trivial(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of predicting each patch's mean over its visible voxels."""
+        means = visible_means(batch["image"], batch["hidden"])
+        return _loss(means.expand(batch["image"].shape), batch)
+
+    def pictures(self, batch: dict[str, Tensor]) -> Picture:
+        """Middle slices of the first patch: image, what the network sees, reconstruction."""
+        image, hidden = batch["image"][:1], batch["hidden"][:1]
+        reconstruction = self.reconstruct(hide(image, hidden))[0]
+        voxels = over_voxels(hidden, image.shape[2:])[0]
+        return Picture(
+            "slices",
+            (
+                slice_panel("image", image[0]),
+                slice_panel("visible", image[0], voxels),
+                slice_panel("reconstruction", reconstruction),
+            ),
+        )
 
     def reconstruct(self, image: Tensor) -> Tensor:
         """(B, C, D, H, W) -> reconstruction of the same shape."""
         return self.output(self.decoder(self.encoder(image))[0])
 
 
-def hide(image: Tensor, hidden: Tensor) -> Tensor:
-    """A copy of `image` (B, C, D, H, W) with the `hidden` blocks (B, gz, gy, gx) set to 0."""
-    visible = image.clone(memory_format=torch.contiguous_format)
-    as_blocks(visible, hidden.shape[1:]).masked_fill_(over_blocks(hidden), 0)
-    return visible
-
-
-def masked_mse(prediction: Tensor, image: Tensor, hidden: Tensor) -> Tensor:
-    """Mean of (prediction - image)^2 over the hidden voxels of the batch, in float32.
-
-    Shapes as in `hide`; gradients go to `prediction` only. Forward and backward hold one
-    full-size temporary each.
-    """
-    loss = _MaskedMSE.apply(prediction, image, hidden)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-class _MaskedMSE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, prediction: Tensor, image: Tensor, hidden: Tensor) -> Tensor:
-        # Any: torch's context object takes whatever is put on it
-        ctx.save_for_backward(prediction, image, hidden)
-        squares = _difference(prediction, image).square_()
-        per_block = as_blocks(squares, hidden.shape[1:]).sum(dim=(1, 3, 5, 7))  # (B, gz, gy, gx)
-        # where, not a product: what was visible must not matter even if it is not finite
-        total = torch.where(hidden, per_block, 0.0).sum()
-        return total / _hidden_voxels(prediction, hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        prediction, image, hidden = ctx.saved_tensors
-        difference = _difference(prediction, image)
-        scale = gradients[0].float() * 2 / _hidden_voxels(prediction, hidden)
-        blocks = as_blocks(difference, hidden.shape[1:])
-        blocks.masked_fill_(over_blocks(~hidden), 0).mul_(scale)
-        return difference.to(prediction.dtype), None, None
-
-
-def _difference(prediction: Tensor, image: Tensor) -> Tensor:
-    difference = torch.empty(image.shape, dtype=torch.float32, device=image.device)
-    return torch.sub(prediction, image, out=difference)
-
-
-def _hidden_voxels(prediction: Tensor, hidden: Tensor) -> Tensor:
-    """Number of hidden elements (voxels x channels) of the batch, on the device."""
-    return hidden.sum() * (prediction.numel() / hidden.numel())
+def _loss(prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    image, hidden = batch["image"], batch["hidden"]
+    if "excluded" in batch:
+        return masked_mse_outside(prediction, image, hidden, batch["excluded"])
+    return masked_mse(prediction, image, hidden)
