@@ -11,7 +11,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 # of the packages' extras and of detect's own dependencies: a GPU machine may have none of them
 ABSENT = (
     "SimpleITK", "acvl_utils", "batchgenerators", "blosc2", "dask", "distributed", "matplotlib",
-    "onnx", "onnxruntime", "onnxscript", "openpyxl", "pydicom", "rich", "scipy", "skimage",
+    "onnx", "onnxruntime", "onnxscript", "openpyxl", "PIL", "pydicom", "rich", "scipy", "skimage",
     "sklearn", "tensorboard", "threadpoolctl",
 )  # fmt: skip
 
@@ -19,9 +19,13 @@ SCRIPT = """
 import sys
 sys.modules |= dict.fromkeys(sys.argv[2].split(","))
 sys.path.insert(0, sys.argv[1])
-import bench, bench_attention, bench_detectors, bench_encoder
+import bench, bench_attention, bench_detectors, bench_encoder, bench_methods, bench_multitalent
 bench_attention.main(device="cpu", quick=True, threads=1)
 bench_detectors.bench(device="cpu", quick=True, repeats=1, threads=1)
+print("methods")
+bench_methods.bench(device="cpu", quick=True, rounds=1, threads=1)
+print("multitalent")
+bench_multitalent.bench(device="cpu", quick=True, repeats=1, threads=1)
 """
 
 
@@ -32,7 +36,9 @@ def test_gpu_benchmarks_run_without_the_libraries_that_read_files() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.splitlines()[-3:]
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    detectors, _, others = done.stdout.partition("\nmethods\n")
+    methods, _, multitalent = others.partition("\nmultitalent\n")
+    rows = [line for line in detectors.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [
         "| retunet_small",
         "| resenc_retunet_small",
@@ -41,3 +47,10 @@ def test_gpu_benchmarks_run_without_the_libraries_that_read_files() -> None:
     ]
     assert "matched greedily" in done.stdout
     assert "x ours" in done.stdout
+    assert [row.split(" | ")[1] for row in methods.splitlines()[2:]] == [
+        "mae",
+        "s3d",
+        "models_genesis",
+        "voco",
+    ]
+    assert "ratio " in multitalent

@@ -20,6 +20,7 @@ PLAIN_CORE = (
     "doctor",
     "errors",
     "files",
+    "report",
     "safetensors_header",
     "tiles",
     "transfer",
@@ -28,6 +29,7 @@ PLAIN_LIBRARIES = {"numpy", "pydantic", "safetensors", "torch", "typer"}
 COMMANDS = {
     "vb-core": "voxelbridge.core.cli",
     "vb-ssl": "voxelbridge.pretrain_ssl.cli",
+    "vb-sup": "voxelbridge.pretrain_sup.cli",
     "vb-detect": "voxelbridge.detect.cli",
 }
 
@@ -91,7 +93,7 @@ def test_importing_detect_loads_neither_torch_nor_triton() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["COMMAND", "--help"]], ids=["app", "command"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_does_not_import_torch(command: str, arguments: list[str]) -> None:
-    first = {"vb-core": "inspect", "vb-ssl": "train", "vb-detect": "train"}[command]
+    first = "inspect" if command == "vb-core" else "train"
     argv = [command, *(first if word == "COMMAND" else word for word in arguments)]
     code = (
         f"import sys; sys.argv = {argv!r}\n"

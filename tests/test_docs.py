@@ -27,6 +27,7 @@ from voxelbridge.core.data.case_store import CaseStoreWriter
 from voxelbridge.core.data.volume import Grid
 from voxelbridge.detect.cli import app as detect_app
 from voxelbridge.pretrain_ssl.cli import app as ssl_app
+from voxelbridge.pretrain_sup.cli import app as sup_app
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -36,10 +37,11 @@ PAGES = sorted(
         *(ROOT / "packages").glob("*/README.md"),
     ]
 )
-APPS = {"vb-core": core_app, "vb-ssl": ssl_app, "vb-detect": detect_app}
+APPS = {"vb-core": core_app, "vb-ssl": ssl_app, "vb-sup": sup_app, "vb-detect": detect_app}
 MODULES = {
     "voxelbridge.core.cli": "vb-core",
     "voxelbridge.pretrain_ssl.cli": "vb-ssl",
+    "voxelbridge.pretrain_sup.cli": "vb-sup",
     "voxelbridge.detect.cli": "vb-detect",
 }
 

@@ -18,14 +18,21 @@ from voxelbridge.detect.retina_unet import RetinaUNet
 from voxelbridge.pretrain_ssl.config import PretrainConfig
 from voxelbridge.pretrain_ssl.methods.mae import MAE
 from voxelbridge.pretrain_ssl.methods.s3d import S3D
+from voxelbridge.pretrain_sup.config import MultiTalentConfig
+from voxelbridge.pretrain_sup.model import SegmentationNetwork, build_network
 
 SSL = "voxelbridge.pretrain_ssl"
+SUP = "voxelbridge.pretrain_sup"
 DETECT_PRESETS = (
     "defdetr", "defdetr_small", "nndet_v001", "resenc_defdetr", "resenc_defdetr_small",
     "resenc_retunet", "resenc_retunet_small", "retunet", "retunet_small",
 )  # fmt: skip
 SSL_METHODS = ("mae", "models_genesis", "s3d", "voco")
 SSL_PRESETS = [f"{name}{suffix}" for name in SSL_METHODS for suffix in ("", "_24gb", "_small")]
+SUP_PRESETS = (
+    "multitalent_resenc_l", "multitalent_retina_unet", "multitalent_retina_unet_small",
+    "multitalent_small",
+)  # fmt: skip
 PAPER_DETECTORS = {
     "retunet": 18_967_075,
     "resenc_retunet": 95_240_771,
@@ -46,8 +53,26 @@ def pretrain_config(name: str) -> PretrainConfig:
     return load_config(PretrainConfig, preset_path(SSL, name)).config
 
 
+def multitalent_config(name: str) -> MultiTalentConfig:
+    return load_config(MultiTalentConfig, preset_path(SUP, name)).config
+
+
+def multitalent_network(name: str) -> SegmentationNetwork:
+    """With one stem of one channel and one head of two outputs."""
+    config = multitalent_config(name)
+    with torch.device("meta"):
+        return build_network(
+            ENCODER_PRESETS[config.encoder], config.decoder, stems={"a": 1}, heads={"a": 2},
+            init="torch_default",
+        )  # fmt: skip
+
+
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_shipped_presets_for_many_data_sets_are_the_documented_ones() -> None:
+    assert shipped(SUP) == list(SUP_PRESETS)
 
 
 def test_shipped_presets_are_the_documented_ones() -> None:
@@ -242,6 +267,49 @@ def test_mae_network_has_the_exact_number_of_parameters() -> None:
     assert (count(encoder), count(objective)) == (90_296_576, 102_348_193)
 
 
+@pytest.mark.parametrize(
+    ("name", "patch", "batch"),
+    [("multitalent_resenc_l", 192, 12), ("multitalent_retina_unet", 128, 48)],
+)
+def test_multitalent_trains_as_in_section_2_2(name: str, patch: int, batch: int) -> None:
+    config = multitalent_config(name)
+    optim = config.optim
+    assert (config.patch_size, config.batch_size) == ((patch, patch, patch), batch)
+    assert config.schedule.steps == 4000 * 250
+    assert (config.schedule.warmup_steps, config.schedule.power) == (0, 0.9)
+    assert isinstance(optim, SGD)
+    assert (optim.lr, optim.momentum, optim.nesterov) == (1e-2, 0.99, True)
+    assert optim.weight_decay == 3e-5
+    assert (config.precision, config.clip_norm) == ("bf16", 12.0)
+    assert config.sampling.dataset_exponent == 0.5
+    assert config.sampling.foreground_probability == 0.33
+    assert config.deep_supervision
+
+
+def test_multitalent_networks_have_the_exact_number_of_parameters() -> None:
+    unet = multitalent_network("multitalent_resenc_l")
+    assert count(unet.encoder) == 90_296_576
+    assert count(unet) == 102_349_770  # as nnU-Net's for two classes
+    pyramid = multitalent_network("multitalent_retina_unet")
+    assert (count(pyramid.encoder), count(pyramid.decoder)) == (14_022_880, 2_520_256)
+
+
+@pytest.mark.parametrize(
+    ("name", "detector"),
+    [
+        ("multitalent_retina_unet", "retunet"),
+        ("multitalent_retina_unet_small", "retunet_small"),
+    ],
+)
+def test_multitalent_pyramids_fit_the_detectors(name: str, detector: str) -> None:
+    with torch.device("meta"):
+        neck = build_detector(detector, in_channels=1, num_classes=1).get_submodule("neck")
+    theirs = {name: tensor.shape for name, tensor in neck.state_dict().items()}
+    ours = multitalent_network(name).decoder.state_dict()
+    assert {name: tensor.shape for name, tensor in ours.items()} == theirs
+    assert multitalent_config(name).encoder == load_detect_config(detector).encoder
+
+
 def test_small_presets_share_the_encoder_so_that_weights_fit() -> None:
     assert (
         pretrain_config("mae_small").encoder == load_detect_config("resenc_retunet_small").encoder
@@ -251,6 +319,6 @@ def test_small_presets_share_the_encoder_so_that_weights_fit() -> None:
 
 
 def test_what_costs_gpu_weeks_when_wrong_has_no_default() -> None:
-    for model in (DetectConfig, PretrainConfig):
+    for model in (DetectConfig, PretrainConfig, MultiTalentConfig):
         required = {name for name, field in model.model_fields.items() if field.is_required()}
         assert {"patch_size", "batch_size", "schedule", "encoder"} <= required

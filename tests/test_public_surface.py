@@ -11,8 +11,9 @@ from voxelbridge.core.cli import app as core_app
 from voxelbridge.core.command_line import run_app
 from voxelbridge.detect.cli import app as detect_app
 from voxelbridge.pretrain_ssl.cli import app as ssl_app
+from voxelbridge.pretrain_sup.cli import app as sup_app
 
-APPS = {"vb-core": core_app, "vb-ssl": ssl_app, "vb-detect": detect_app}
+APPS = {"vb-core": core_app, "vb-ssl": ssl_app, "vb-sup": sup_app, "vb-detect": detect_app}
 
 NAMES = {
     "voxelbridge.core.arch.presets": ("RESENC_L", "PLAIN"),
@@ -30,7 +31,16 @@ OPTIONS = {
     "vb-ssl prepare": ("--plan", "--workers"),
     "vb-ssl train": ("--store", "--run", "--set", "--device", "--dry-run"),
     "vb-ssl export": ("-o",),
+    "vb-ssl report": ("-o",),
     "vb-ssl show": ("--set",),
+    "vb-sup prepare": ("--workers", "--labels", "--layout", "--executor"),
+    "vb-sup train": ("--store", "--run", "--set", "--device", "--extend", "--dry-run"),
+    "vb-sup export": ("-o", "--default-stem", "--license"),
+    "vb-sup predict": ("--images", "--out"),
+    "vb-sup evaluate": (),
+    "vb-sup report": ("-o",),
+    "vb-sup show": ("--set",),
+    "vb-sup catalogue": ("--json",),
     "vb-detect prepare": ("--plan", "--workers"),
     "vb-core overlap": ("--json",),
     "vb-detect convert": ("--seed", "--workers"),
@@ -63,7 +73,15 @@ MISSING_FILE = (
     "vb-ssl train mae_small --store GONE --run RUN",
     "vb-ssl train GONE.toml --store GONE --run RUN",
     "vb-ssl export GONE -o OUT",
+    "vb-ssl report GONE -o OUT",
     "vb-ssl show GONE.toml",
+    "vb-sup prepare GONE STORE",
+    "vb-sup train multitalent_small --store GONE --run RUN",
+    "vb-sup train GONE.toml --store GONE --run RUN",
+    "vb-sup export GONE -o OUT",
+    "vb-sup predict GONE --images GONE --out OUT",
+    "vb-sup report GONE -o OUT",
+    "vb-sup show GONE.toml",
     "vb-detect prepare GONE STORE",
     "vb-detect train resenc_retunet_small --store GONE --run RUN",
     "vb-detect train GONE.toml --store GONE --run RUN",

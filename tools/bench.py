@@ -32,7 +32,7 @@ def main(
         bool, typer.Option(help="Compare with nnU-Net v2, installed into its own environment.")
     ] = True,
 ) -> None:
-    """Resampling, preparing, loading against others (CPU); ResEncL, attention, detectors."""
+    """Resampling, preparing, loading against others (CPU); the networks' training steps."""
     if device == "cpu":
         _preprocessing(volumes, quick=quick, nnunet=nnunet)
         _section("loader: patches per second", "bench_loader.py", ["--quick"] if quick else [])
@@ -41,6 +41,8 @@ def main(
     options = ["--device", device, *(["--quick"] if quick else [])]
     _section(f"deformable attention on {device}", "bench_attention.py", options)
     _section(f"detectors on {device}: training steps", "bench_detectors.py", options)
+    _section(f"pre-training methods on {device}: one step", "bench_methods.py", options)
+    _section(f"MultiTalent on {device}: many stems, or one", "bench_multitalent.py", options)
 
 
 def _preprocessing(volumes: Path, *, quick: bool, nnunet: bool) -> None:

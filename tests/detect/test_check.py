@@ -467,6 +467,18 @@ def test_leakage_against_another_data_set_and_a_store(data: Path, tmp_path: Path
         check_dataset(data, deep=False, workers=0, against=[tmp_path])
 
 
+def test_data_sets_known_to_share_scans_are_a_warning(data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "AbdomenAtlas1.1Mini"
+    put_json(other / "dataset.json", NNDETECTION)
+    put_image(other / "imagesTr" / "BDMAP_00000001_0000.nii.gz", noise(90))
+    assert found(data, against=[other]) == []
+    put_json(data / "origins.json", {"c2": ["kits:case_00001"]})
+    assert found(data, against=[other]) == [("warning", "known-overlap", None)]
+    text = messages(data, against=[other])
+    assert "AbdomenAtlas Mini and KiTS (19, 21, 23) share scans" in text
+    assert str(other) in text
+
+
 def test_findings_do_not_depend_on_workers(data: Path) -> None:
     cut_label(data)
     put_boxes(data, box(3, 0, 0, 2, 1, 1), case="c0")

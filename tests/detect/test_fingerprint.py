@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 
 from voxelbridge.core.data.dataset import RawDataset
+from voxelbridge.core.data.foreground import MAX_SAMPLES, MIN_SAMPLES, samples_per_case
 from voxelbridge.core.data.image_io import read_image, write_image
 from voxelbridge.core.data.volume import Volume
 from voxelbridge.core.errors import DataError
 from voxelbridge.detect.fingerprint import (
     CASES_FILE,
-    MAX_SAMPLES,
-    MIN_SAMPLES,
     CaseFingerprint,
     FingerprintCache,
     data_digest,
     measure_case,
-    samples_per_case,
     source_stamp,
     write_fingerprint,
 )

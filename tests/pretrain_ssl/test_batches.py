@@ -1,5 +1,6 @@
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
 from voxelbridge.core.data.provenance import Provenance
 from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import ConfigError, DataError
-from voxelbridge.pretrain_ssl.batches import PatchSampler
+from voxelbridge.pretrain_ssl.batches import PatchSampler, on_device
 from voxelbridge.pretrain_ssl.cases import Sampling, case_order
 from voxelbridge.pretrain_ssl.failures import FAILED
 from voxelbridge.pretrain_ssl.methods.mae import MAE
+from voxelbridge.pretrain_ssl.methods.models_genesis import ModelsGenesis
 
 
 def sampler(
@@ -87,6 +89,19 @@ def test_ranks_draw_together_what_one_process_would(tiny_store: Path, ranks: int
         whole = together(number)
         for name in ("image", "hidden"):
             assert torch.equal(whole[name], torch.cat([batch[name] for batch in batches]))
+
+
+def test_deferred_turning_and_scaling_gives_the_same_batch(tiny_store: Path) -> None:
+    always = SpatialAugmentation(rotation_probability=0.7, scale_probability=0.7)
+    at_once = sampler(tiny_store, patches=6, augmentation=always)
+    deferred = replace(at_once, defer=True)
+    (later,) = on_device([deferred(1)], torch.device("cpu"))
+    expected = at_once(1)
+    torch.testing.assert_close(later["image"], expected["image"], rtol=0, atol=1e-5)
+    assert torch.equal(later["hidden"], expected["hidden"])
+    genesis = ModelsGenesis(shuffle_windows=5)  # its views need the voxels: nothing is deferred
+    batch = replace(deferred, method=genesis)(1)
+    assert isinstance(batch["image"], torch.Tensor)
 
 
 def test_no_case_comes_twice_before_all_came_once(tiny_store: Path) -> None:

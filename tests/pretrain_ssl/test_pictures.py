@@ -8,16 +8,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from voxelbridge.pretrain_ssl.panels import Panel, Picture, slice_panel
 from voxelbridge.pretrain_ssl.pictures import (
     HIDDEN,
     MIN_EDGE,
     PANELS_PER_ROW,
-    Panel,
-    Picture,
     draw_picture,
     find_pictures,
     picture_path,
-    slice_panel,
     write_picture,
 )
 

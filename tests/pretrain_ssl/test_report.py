@@ -16,7 +16,8 @@ from voxelbridge.core.config import load_config, preset_path
 from voxelbridge.core.errors import ConfigError, DataError
 from voxelbridge.pretrain_ssl import report
 from voxelbridge.pretrain_ssl.config import KIND, PretrainConfig
-from voxelbridge.pretrain_ssl.pictures import Panel, Picture, picture_path, write_picture
+from voxelbridge.pretrain_ssl.panels import Panel, Picture
+from voxelbridge.pretrain_ssl.pictures import picture_path, write_picture
 from voxelbridge.pretrain_ssl.report import parameter_counts, write_pretraining_report
 
 DATA = {

@@ -106,7 +106,30 @@ def test_command_ends_with_one_on_overlap_and_names_both_cases(
         "num_cases": [2, 1],
         "without_provenance": [1, 0],
         "overlaps": [{"a": "1", "b": "one", "reasons": ["image", "origin"]}],
+        "known_overlaps": [],
     }
+
+
+def test_data_sets_known_to_share_scans_are_named_where_no_case_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    atlas = Provenance(None, (), (A,), dataset="Dataset023_AbdomenAtlas1.1Mini")
+    a = store(tmp_path / "a", {"BDMAP_00000001": atlas})
+    b = store(tmp_path / "b", {"case_00000": Provenance(None, ("kits:case_00000",), (B,))})
+    assert [known.between for known in compare_stores(a, b).known] == [("abdomenatlas", "kits")]
+    assert compare_stores(b, a).known == compare_stores(a, b).known
+    assert run("overlap", str(a), str(b)) == 0  # a warning: the images may have been left out
+    assert "warning: AbdomenAtlas Mini and KiTS (19, 21, 23) share" in capsys.readouterr().out
+    assert run("overlap", str(a), str(b), "--json") == 0
+    known = json.loads(capsys.readouterr().out)["known_overlaps"]
+    assert [(item["between"], item["certainty"]) for item in known] == [
+        (["abdomenatlas", "kits"], "known")
+    ]
+
+
+def test_a_store_without_provenance_is_known_by_its_folder(tmp_path: Path) -> None:
+    a, b = store(tmp_path / "SegA", {"K1": None}), store(tmp_path / "kits21", {"1": None})
+    assert [known.between for known in compare_stores(a, b).known] == [("sega", "kits")]
 
 
 def test_without_the_data_extra_the_command_says_what_to_install(tmp_path: Path) -> None:

@@ -93,7 +93,10 @@ def overlap(
     *,
     as_json: Json = False,
 ) -> None:
-    """List the cases that two stores share (leakage); exit status 1 if there are any."""
+    """List the cases that two stores share (leakage); exit status 1 if there are any.
+
+    Data sets that are known to share scans are named in a warning, even where no case shows it.
+    """
     _require_data_extra(store_a)
     from voxelbridge.core.data.overlap import compare_stores
 

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
+
 Triple = tuple[int, int, int]
 
 
@@ -31,3 +34,26 @@ def tiles(shape: Sequence[int], patch: Triple, *, overlap: float = 0.5) -> Itera
         tile_starts(size, edge, overlap=overlap) for size, edge in zip(shape, patch, strict=True)
     )
     yield from product(z, y, x)
+
+
+def padded_tiles(shape: Sequence[int], patch: Triple, *, overlap: float = 0.5) -> Iterator[Triple]:
+    """As `tiles`; an axis shorter than the patch is centred in it, as in training (start < 0)."""
+    z, y, x = (
+        -((edge - extent) // 2) if extent < edge else 0
+        for extent, edge in zip(shape, patch, strict=True)
+    )
+    for a, b, c in tiles(shape, patch, overlap=overlap):
+        yield a + z, b + y, c + x
+
+
+def read_window(image: NDArray[np.float32], start: Triple, size: Triple) -> NDArray[np.float32]:
+    """The window (C, *size) of (C, D, H, W) at `start`, 0 outside (the mean after z-scoring)."""
+    inside = tuple(
+        slice(max(begin, 0), max(begin + edge, 0)) for begin, edge in zip(start, size, strict=True)
+    )
+    window = image[(slice(None), *inside)]
+    pads = [(0, 0)]
+    for begin, edge, found in zip(start, size, window.shape[1:], strict=True):
+        before = min(max(-begin, 0), edge - found)
+        pads.append((before, edge - before - found))
+    return np.pad(window, pads) if window.shape[1:] != size else window

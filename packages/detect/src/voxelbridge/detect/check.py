@@ -15,7 +15,13 @@ from typing import Literal
 from voxelbridge.core.data.case_index import INDEX_NAME
 from voxelbridge.core.data.dataset import RawCase, RawDataset
 from voxelbridge.core.data.executor import Done, Failed, map_cases
-from voxelbridge.core.data.overlap import find_overlaps, origin_key, read_provenances
+from voxelbridge.core.data.known_overlaps import read_known_overlaps
+from voxelbridge.core.data.overlap import (
+    dataset_names,
+    find_overlaps,
+    origin_key,
+    read_provenances,
+)
 from voxelbridge.core.data.provenance import Provenance
 from voxelbridge.core.data.raw_problems import few_of
 from voxelbridge.core.errors import DataError
@@ -84,6 +90,7 @@ def examine_dataset(
     findings += _leaks(raw)
     findings += _duplicates(raw, facts)
     findings += _shared(raw, facts, others)
+    findings += _known_to_share(raw, others)
     return CheckedDataset(in_order(_relative(findings, dataset)), len(items))
 
 
@@ -203,8 +210,24 @@ def _shared(
     ]
 
 
+def _known_to_share(
+    raw: RawDataset, others: Mapping[Path, Mapping[str, Provenance]]
+) -> list[Finding]:
+    """Data sets that are known to show the same scans, which renamed copies hide."""
+    known = read_known_overlaps()
+    cases = [case.case_id for case in (*raw.cases, *raw.test_cases)]
+    own = {raw.name, *dataset_names(_provenance(raw, case_id, ()) for case_id in cases)}
+    return [
+        Finding("warning", None, "known-overlap", f"{path}: {known.describe(overlap)}")
+        for path, theirs in others.items()
+        for overlap in known.between(own, {path.resolve().name, *dataset_names(theirs.values())})
+    ]
+
+
 def _provenance(raw: RawDataset, case_id: str, hashes: tuple[str, ...]) -> Provenance:
-    return Provenance(raw.groups.get(case_id), raw.origins.get(case_id, ()), hashes)
+    return Provenance(
+        raw.groups.get(case_id), raw.origins.get(case_id, ()), hashes, dataset=raw.name
+    )
 
 
 def _provenances_of(path: Path, *, deep: bool, workers: int) -> dict[str, Provenance]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelbridge.core.data.dataset import RawCase
+from voxelbridge.core.data.foreground import MIN_SAMPLES
 from voxelbridge.core.data.preprocess import crop_mapping
 from voxelbridge.core.data.raw_objects import RawObjects
 from voxelbridge.core.data.raw_problems import image_problems
@@ -26,10 +27,6 @@ from voxelbridge.core.files import atomic_write
 FILE_NAME = "fingerprint.json"
 CASES_FILE = "fingerprint_cases.jsonl"
 SCHEMA = 2
-# Intensities kept over all cases: figures at the 0.5th percentile rest on thousands of them, and
-# 100 000 cases stay below 50 MB.
-TOTAL_SAMPLES = 2_000_000
-MIN_SAMPLES, MAX_SAMPLES = 100, 20_000  # per case and channel
 DIGITS = 9  # of a sample: they give every float32 back exactly
 PERCENTILES = {"percentile_00_5": 0.5, "median": 50.0, "percentile_99_5": 99.5}
 
@@ -130,11 +127,6 @@ class FingerprintCache:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-
-def samples_per_case(num_cases: int) -> int:
-    """Intensities per case and channel: many of few cases, fewer of many."""
-    return min(max(TOTAL_SAMPLES // max(num_cases, 1), MIN_SAMPLES), MAX_SAMPLES)
 
 
 def measure_case(case: RawCase, *, num_samples: int) -> CaseFingerprint:

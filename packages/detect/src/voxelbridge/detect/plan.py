@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt, model_validator
 from voxelbridge.core.arch.config import EncoderConfig, Triple, cumulative_strides
 from voxelbridge.core.arch.presets import PLAIN, RESENC_L
 from voxelbridge.core.config import Config, validate
-from voxelbridge.core.data.normalize import Normalization, ZScore, fit_ct
+from voxelbridge.core.data.normalize import Normalization, normalization_of
 from voxelbridge.core.data.resample import Resampling
 from voxelbridge.core.errors import ConfigError, DataError
 from voxelbridge.core.files import atomic_write, read_json
@@ -46,7 +46,6 @@ SCHEMA = 2
 GIB = 2**30
 FIXED_SPACING_MM = (1.0, 1.0, 1.0)
 ANISOTROPY = 3.0  # an axis coarser than 3 x the others is resampled to its 10th percentile
-MASK_BELOW = 0.75  # nnU-Net: cropping that leaves less means that the background was removed
 BATCH_SIZE = 4  # nnDetection's, and the paper's
 SIZES_PER_AXIS = 3  # 27 anchors per cell
 MIN_QUERIES = 12  # nnDetection v2
@@ -319,19 +318,18 @@ def _median_shape(cases: Sequence[CaseFingerprint], spacing: Spacing) -> Triple:
 def _normalizations(
     cases: Sequence[CaseFingerprint], channel_names: Sequence[str]
 ) -> tuple[Normalization, ...]:
-    """nnU-Net's rule: a channel called CT takes the data set's foreground, others their own.
+    """A scheme per channel; cases without objects count only where no case has any.
 
-    Cases without objects count only where no case has any: they would pull the figures to air.
+    They would pull the figures of CT to air.
     """
-    masked = float(np.median([case.kept_by_crop for case in cases])) < MASK_BELOW
+    kept = float(np.median([case.kept_by_crop for case in cases]))
     sampled = [case for case in cases if len(case.labels)] or cases
-    schemes: list[Normalization] = []
-    for channel, name in enumerate(channel_names):
-        if name.casefold() == "ct":
-            schemes.append(fit_ct(np.concatenate([case.samples[channel] for case in sampled])))
-        else:
-            schemes.append(ZScore(nonzero_only=masked))
-    return tuple(schemes)
+    return tuple(
+        normalization_of(
+            name, np.concatenate([case.samples[channel] for case in sampled]), kept_by_crop=kept
+        )
+        for channel, name in enumerate(channel_names)
+    )
 
 
 def _objects_per_patch(cases: Sequence[CaseFingerprint], patch_mm: NDArray[Any]) -> float | None:

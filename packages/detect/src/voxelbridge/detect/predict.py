@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelbridge.core.tiles import Triple, tiles
+from voxelbridge.core.tiles import padded_tiles, read_window
 from voxelbridge.core.train.steps import autocast
 from voxelbridge.detect.boxes import flip_boxes
 from voxelbridge.detect.config import DetectConfig, PostProcessing
@@ -122,10 +122,10 @@ def _detect_in_windows(
     size = config.patch_size
     parts: list[Detections] = []
     trusts: list[Tensor] = []
-    starts = _starts(image.shape[1:], size)
+    starts = list(padded_tiles(image.shape[1:], size))
     for first in range(0, len(starts), config.batch_size):
         group = starts[first : first + config.batch_size]
-        stacked = np.stack([_window(image, start, size) for start in group])
+        stacked = np.stack([read_window(image, start, size) for start in group])
         patches = torch.from_numpy(stacked).to(device)
         flipped = patches.flip([2 + axis for axis in axes]) if axes else patches
         with autocast(device, config.precision):
@@ -147,25 +147,3 @@ def _detect_in_windows(
         labels=torch.cat([part.labels for part in parts]),
     )
     return together, torch.cat(trusts)
-
-
-def _window(image: NDArray[np.float32], start: Triple, size: Triple) -> NDArray[np.float32]:
-    """The window at `start`, padded with 0 (the mean after normalisation) outside the volume."""
-    inside = tuple(
-        slice(max(begin, 0), begin + edge) for begin, edge in zip(start, size, strict=True)
-    )
-    window = image[(slice(None), *inside)]
-    pads = [(0, 0)]
-    for begin, edge, found in zip(start, size, window.shape[1:], strict=True):
-        before = max(-begin, 0)
-        pads.append((before, edge - before - found))
-    return np.pad(window, pads) if window.shape[1:] != size else window
-
-
-def _starts(shape: Sequence[int], size: Triple) -> list[Triple]:
-    """Windows over the volume; an axis shorter than the window is centred in it, as in training."""
-    z, y, x = (
-        -((edge - extent) // 2) if extent < edge else 0
-        for extent, edge in zip(shape, size, strict=True)
-    )
-    return [(a + z, b + y, c + x) for a, b, c in tiles(shape, size)]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelbridge.core.data.executor import Done, Failed, map_cases
+from voxelbridge.core.data.image_cases import ImageCase, find_image_cases
 from voxelbridge.core.data.preprocess import Preprocessed, crop_mapping, preprocess
 from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import ConfigError, DataError, VoxelbridgeError
@@ -30,7 +31,6 @@ from voxelbridge.detect.evaluate.tables import BoxTable, write_cases, write_pred
 from voxelbridge.detect.outputs import write_case_json, write_overlay, write_slicer_markups
 from voxelbridge.detect.plan import Plan
 from voxelbridge.detect.predict import predict_volume
-from voxelbridge.detect.predict_inputs import ImageCase, find_images
 from voxelbridge.detect.train import load_run
 
 MANIFEST_FILE = "manifest.json"
@@ -64,7 +64,7 @@ def predict_cases(
     if cases failed or series were refused; the others are written.
     """
     detectors, plan = _load_ensemble(runs)
-    wanted = find_images(images, num_channels=len(plan.channel_names), allow=allow)
+    wanted = find_image_cases(images, num_channels=len(plan.channel_names), allow=allow)
     cases = wanted.cases
     for line in wanted.refused:
         print(f"error: {line}", file=sys.stderr)

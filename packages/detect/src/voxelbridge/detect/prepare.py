@@ -20,7 +20,7 @@ from voxelbridge.core.data.case_store import CaseStoreWriter
 from voxelbridge.core.data.cluster import open_executor
 from voxelbridge.core.data.dataset import RawCase, RawDataset
 from voxelbridge.core.data.executor import Done, Failed, map_cases
-from voxelbridge.core.data.foreground import class_locations
+from voxelbridge.core.data.foreground import class_locations, samples_per_case
 from voxelbridge.core.data.preprocess import crop_mapping, labels_to_stored, preprocess
 from voxelbridge.core.data.provenance import Provenance, content_hashes
 from voxelbridge.core.data.resample import resampled_shape
@@ -32,7 +32,6 @@ from voxelbridge.detect.fingerprint import (
     CaseFingerprint,
     FingerprintCache,
     measure_case,
-    samples_per_case,
     write_fingerprint,
 )
 from voxelbridge.detect.fingerprint import FILE_NAME as FINGERPRINT_FILE
@@ -88,6 +87,7 @@ class _Source:
     """A raw case and what other files of the data set say about it."""
 
     case: RawCase
+    dataset: str
     patient: str | None
     origin_ids: tuple[str, ...]
 
@@ -172,7 +172,7 @@ def _prepare(
     writer.remove_leftovers()
     good = {case.case_id for case in fingerprints}
     waiting = [
-        _Source(case, raw.groups.get(case.case_id), raw.origins.get(case.case_id, ()))
+        _Source(case, raw.name, raw.groups.get(case.case_id), raw.origins.get(case.case_id, ()))
         for case in cases
         if case.case_id in good and not writer.is_done(case.case_id)
     ]
@@ -292,7 +292,9 @@ def _store_case(writer: CaseStoreWriter, plan: Plan, source: _Source) -> bool:
     ids = np.arange(1, len(ids) + 1)
     del objects
     volume = case.read_image()
-    provenance = Provenance(source.patient, source.origin_ids, content_hashes(volume))
+    provenance = Provenance(
+        source.patient, source.origin_ids, content_hashes(volume), dataset=source.dataset
+    )
     mapping = crop_mapping(volume, boxes=boxes)
     if instances is not None:
         shape = resampled_shape(mapping.crop_shape, mapping.stored_grid.spacing_mm, plan.spacing_mm)

@@ -1,6 +1,6 @@
 """Patches of a case store as a method wants to see them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from voxelbridge.core.data.augment import SpatialAugmentation
+from voxelbridge.core.data.augment import SpatialAugmentation, SpatialParams
+from voxelbridge.core.data.augment_device import SourceBoxes
 from voxelbridge.core.data.case_order import CaseOrder
 from voxelbridge.core.data.case_store import CaseStore
 from voxelbridge.core.data.patches import Start, centred_start, uniform_start
@@ -44,6 +45,7 @@ class PatchSampler:
     centre_mask: str | None = None
     rank: int = 0
     ranks: int = 1
+    defer: bool = False  # leave turning and scaling to `on_device`, where the method allows it
 
     def __call__(self, pass_number: int, _rng: np.random.Generator | None = None) -> Batch:
         """Views of the pass's patches, stacked: every value (B, ...)."""
@@ -56,38 +58,54 @@ class PatchSampler:
 
     def for_validation(self, order: CaseOrder) -> "PatchSampler":
         """The sampler of the validation cases: patches as they are, one per batch."""
-        return replace(self, order=order, augmentation=SpatialAugmentation.none())
+        none = SpatialAugmentation.none()
+        return replace(self, order=order, augmentation=none, defer=False)
 
     def _batch(self, samples: Sequence[int], stream: int) -> Batch:
         failures: list[tuple[str, str]] = []
-        views = []
+        views, cuts = [], []
         for sample in samples:
             rng = np.random.default_rng(np.random.SeedSequence((self.seed, stream, sample)))
-            views.append(self._view(sample, rng, failures))
-        return stack_views(views) | {FAILED: failures}
+            view, cut = self._view(sample, rng, failures)
+            views.append(view)
+            cuts.append(cut)
+        batch = stack_views(views) | {FAILED: failures}
+        if self._defers:
+            batch["image"] = SourceBoxes(
+                tuple(torch.from_numpy(np.ascontiguousarray(cut.source)) for cut in cuts),
+                tuple(cut.params for cut in cuts),
+            )
+        return batch
+
+    @property
+    def _defers(self) -> bool:
+        return self.defer and not self.method.reads_voxels
 
     def _view(
         self, sample: int, rng: np.random.Generator, failures: list[tuple[str, str]]
-    ) -> Mapping[str, NDArray[Any]]:
+    ) -> tuple[Mapping[str, NDArray[Any]], "_Cut"]:
         case_id = self.order.case(sample)
         for _ in range(MAX_REPLACEMENTS):
             try:
-                patch, masks = self._cut(case_id, rng)
+                cut = self._cut(case_id, rng)
             except DataError as error:
                 failures.append((case_id, str(error)))
                 groups = self.order.strata[self.order.draw(sample)[0]].groups
                 group = groups[int(rng.integers(len(groups)))]
                 case_id = group[int(rng.integers(len(group)))]
                 continue
-            return self.method.views(patch, rng, masks=masks)
+            channels = self.store.record(case_id).shape[0]
+            patch = (  # deferred: the views need its shape alone
+                np.broadcast_to(np.float32(0), (channels, *self.patch_size))
+                if self._defers
+                else np.ascontiguousarray(cut.params.apply_image(cut.source))
+            )
+            return self.method.views(patch, rng, masks=cut.masks), cut
         raise DataError(
             f"{len(failures)} cases in a row could not be read; the last one: {failures[-1][1]}"
         )
 
-    def _cut(
-        self, case_id: str, rng: np.random.Generator
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.uint8]]]:
-        """A patch and the masks that the method uses (0 where a case has none, and outside)."""
+    def _cut(self, case_id: str, rng: np.random.Generator) -> "_Cut":
         params = self.augmentation.sample(rng, self.patch_size)
         start, size = params.source_box(self._start(case_id, rng))
         source = self.store.read_patch(case_id, start, size, pad_value=0.0)
@@ -99,7 +117,7 @@ class PatchSampler:
             )
             for name in self.method.used_masks
         }
-        return np.ascontiguousarray(params.apply_image(source)), masks
+        return _Cut(source, params, masks)
 
     def _start(self, case_id: str, rng: np.random.Generator) -> Start:
         record = self.store.record(case_id)
@@ -121,6 +139,26 @@ class PatchSampler:
                 return voxel
         inside = np.argwhere(self.store.read_mask_patch(case_id, name, (0, 0, 0), shape))
         return inside[int(rng.integers(len(inside)))] if len(inside) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """Voxels around a patch, the transform to it, and the masks that the method uses.
+
+    Masks (*patch_size) are transformed already; 0 where a case has none, and outside.
+    """
+
+    source: NDArray[np.float32]
+    params: SpatialParams
+    masks: Mapping[str, NDArray[np.uint8]]
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, with deferred turning and scaling done on `device`."""
+    for batch in batches:
+        if isinstance(image := batch["image"], SourceBoxes):
+            batch["image"] = image.to(device).apply()
+        yield batch
 
 
 def stack_views(views: Sequence[Mapping[str, NDArray[Any]]]) -> Batch:

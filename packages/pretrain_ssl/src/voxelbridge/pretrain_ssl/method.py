@@ -12,7 +12,7 @@ from voxelbridge.pretrain_ssl.methods.mae import MAE
 from voxelbridge.pretrain_ssl.methods.models_genesis import ModelsGenesis
 from voxelbridge.pretrain_ssl.methods.s3d import S3D
 from voxelbridge.pretrain_ssl.methods.voco import VoCo
-from voxelbridge.pretrain_ssl.pictures import Picture
+from voxelbridge.pretrain_ssl.panels import Picture
 
 # The whole registry: a new method is one file in methods/, one name here, a preset, a test, a page.
 Method = Annotated[MAE | S3D | ModelsGenesis | VoCo, Field(discriminator="name")]

@@ -1,6 +1,5 @@
-"""What a method makes of a patch, as a picture to look at: slices side by side, or overlaps.
+"""Pictures of a run: drawn from their panels, written, found again.
 
-    picture = Picture("slices", (slice_panel("input", image), slice_panel("masked", image, hidden)))
     write_picture(picture_path(run, step, 0), picture)          # PNG, shown by `vb-ssl report`
     board.add_image("sample0", draw_picture(picture), step, dataformats="HWC")
 
@@ -8,15 +7,12 @@ A panel's voxel is hidden where its value is NaN: it is drawn in a flat blue tha
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from voxelbridge.core.drawing import (
     GAP,
@@ -34,6 +30,7 @@ from voxelbridge.core.drawing import (
     titled,
 )
 from voxelbridge.core.files import atomic_write
+from voxelbridge.pretrain_ssl.panels import Panel, Picture
 
 PICTURE_FOLDER = "pictures"  # in the run directory
 PANELS_PER_ROW = 4
@@ -46,42 +43,12 @@ HIDDEN = (64, 106, 163)
 SHARES = np.array([[255, 255, 255], [178, 212, 236], [84, 155, 208], [18, 92, 165], [8, 42, 88]])
 
 
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """One image of a picture: values (H, W), NaN where a voxel is hidden."""
-
-    name: str
-    values: NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """Slices in grey with one window, or overlaps 0 .. 1 of target (rows) and base crops."""
-
-    kind: Literal["slices", "overlap"]
-    panels: tuple[Panel, ...]
-
-
 class StoredPicture(NamedTuple):
     """A picture of a run directory: the one of validation sample `sample` at `step`."""
 
     step: int
     sample: int
     path: Path
-
-
-def slice_panel(
-    name: str, volume: Tensor | NDArray[Any], hidden: Tensor | NDArray[Any] | None = None
-) -> Panel:
-    """The middle z slice of the first channel of (C, D, H, W) on any device, in float32.
-
-    `hidden` (D, H, W), True = masked out, becomes NaN.
-    """
-    middle = volume.shape[1] // 2
-    values = _to_numpy(volume[0, middle]).astype(np.float32)  # a copy: the volume stays as it is
-    if hidden is not None:
-        values[_to_numpy(hidden[middle]).astype(bool)] = np.nan
-    return Panel(name, values)
 
 
 def picture_path(run: Path, step: int, sample: int) -> Path:
@@ -183,10 +150,3 @@ def _number(value: float) -> str:
         return "-"
     text = f"{value:.2f}"
     return "0" if float(text) == 0 else text
-
-
-def _to_numpy(values: Tensor | NDArray[Any]) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        values = values.detach()
-        return (values if values.dtype == torch.bool else values.float()).cpu().numpy()
-    return np.asarray(values)

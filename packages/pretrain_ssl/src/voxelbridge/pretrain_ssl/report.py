@@ -1,6 +1,5 @@
 """One self-contained HTML page about a pre-training run: curves, pictures, what was run."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -12,7 +11,6 @@ import torch
 from voxelbridge.core.arch.encoder import build_encoder
 from voxelbridge.core.arch.presets import ENCODER_PRESETS
 from voxelbridge.core.config import flatten
-from voxelbridge.core.errors import DataError
 from voxelbridge.core.files import atomic_write, read_json
 from voxelbridge.core.report.losses import TOTAL, TRIVIAL, Record, training_charts
 from voxelbridge.core.report.page import (
@@ -21,6 +19,7 @@ from voxelbridge.core.report.page import (
     figures_table,
     html_page,
     notes_list,
+    png_figure,
 )
 from voxelbridge.core.run import ENVIRONMENT_FILE, read_run_config
 from voxelbridge.core.train.metrics import read_metrics
@@ -30,7 +29,6 @@ from voxelbridge.pretrain_ssl.pictures import PICTURE_FOLDER, StoredPicture, fin
 
 MAX_PICTURE_BYTES = 12_000_000  # of all pictures in one page; base64 makes a third more of it
 MAX_NAMES = 8  # of data sets
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 VALIDATION = "val_loss"
 TIMES = " \N{MULTIPLICATION SIGN} "
 
@@ -219,18 +217,9 @@ def _within_budget(
 
 
 def _figure(picture: StoredPicture, role: str = "") -> str:
-    try:
-        content = picture.path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{picture.path}: cannot be read ({error.strerror or error})") from error
-    if not content.startswith(PNG_SIGNATURE):
-        raise DataError(f"{picture.path}: not a PNG file; delete it")
     name = f"step {picture.step:,}" + (f" ({role})" if role else f", sample {picture.sample}")
-    source = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
-    return (
-        f"<figure><figcaption>{name}</figcaption>"
-        f'<img src="{source}" alt="validation sample {picture.sample} at {name}"></figure>'
-    )
+    alt = f"validation sample {picture.sample} at {name}"
+    return png_figure(picture.path, name, alt=alt)
 
 
 def _settings(config: PretrainConfig) -> str:

@@ -23,13 +23,14 @@ from voxelbridge.core.train.resume import stop_on_signals
 from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
 from voxelbridge.core.train.steps import autocast, move
-from voxelbridge.pretrain_ssl.batches import Batch, PatchSampler
+from voxelbridge.pretrain_ssl.batches import Batch, PatchSampler, on_device
 from voxelbridge.pretrain_ssl.cases import Sampling, case_order, channel_count, check_masks
 from voxelbridge.pretrain_ssl.config import KIND, PretrainConfig
 from voxelbridge.pretrain_ssl.export import FINAL_CHECKPOINT, write_pretrained
 from voxelbridge.pretrain_ssl.failures import FAILED, FailureWatch
 from voxelbridge.pretrain_ssl.method import Objective
-from voxelbridge.pretrain_ssl.pictures import Picture, draw_picture, picture_path, write_picture
+from voxelbridge.pretrain_ssl.panels import Picture
+from voxelbridge.pretrain_ssl.pictures import draw_picture, picture_path, write_picture
 
 
 def train(
@@ -69,6 +70,7 @@ def train(
             centre_mask=config.sampling.centre_mask,
             rank=world.rank,
             ranks=world.size,
+            defer=world.device.type == "cuda",
         )
         held_out = validation_sampler(sampler, validation_cases, config)
         failures = FailureWatch(len(cases.cases), max_share=config.max_failed_share)
@@ -79,7 +81,7 @@ def train(
             optimizer=optimizer, facts=facts, tensorboard=tensorboard, dry_run=dry_run,
             arguments={"store": str(store), "workers": workers},
         ) as training:  # fmt: skip
-            batches = step_batches(
+            raw = step_batches(
                 sampler,
                 seed=config.seed,
                 first_step=training.first_pass,
@@ -87,7 +89,8 @@ def train(
                 workers=workers,
                 rank=world.rank,
             )
-            for result in training.steps(failures.watch(batches)):
+            batches = on_device(failures.watch(raw), world.device)
+            for result in training.steps(batches):
                 if held_out and due(config.validate_every_steps, result.step):
                     training.log(validate(module, held_out, config, world))
                     if world.is_main and not dry_run:

@@ -110,8 +110,10 @@ class CaseOrder:
         return np.random.default_rng(np.random.SeedSequence((self._seed, *stream)))
 
 
-def group_cases(case_ids: Sequence[str], group_of: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
-    """`case_ids` by their group (a case without one is a group of its own), sorted throughout."""
+def group_cases(
+    case_ids: Sequence[str], group_of: Mapping[str, str]
+) -> tuple[tuple[str, ...], ...]:
+    """`case_ids` by their group, sorted; a case without one is a group of its own."""
     groups: dict[str, list[str]] = {}
     for case_id in sorted(case_ids):
         groups.setdefault(group_of.get(case_id, case_id), []).append(case_id)

@@ -36,6 +36,7 @@ class Description:
     channel_names: tuple[str, ...]
     class_names: tuple[str, ...]  # class k is class_names[k]
     things: tuple[Thing, ...]  # what becomes objects in semantic maps; empty: no semantic maps
+    labels: Mapping[str, tuple[int, ...]]  # ids of each name in semantic maps; empty: not told
     label_ids: frozenset[int] | None  # all values of semantic maps; None: not told
     ending: str | None  # of image and label files; None: any that can be read
     min_voxels: int
@@ -51,13 +52,15 @@ def read_description(folder: Path) -> Description:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object")
     channels = _channel_names(path, content)
-    things, class_names, label_ids = _classes(path, content)
+    things, class_names, labels = _classes(path, content)
+    known = frozenset(number for ids in labels.values() for number in ids) | {0}
     return Description(
         name=str(content.get("name", content.get("task", folder.name))),
         channel_names=channels,
         class_names=class_names,
         things=things,
-        label_ids=label_ids,
+        labels=labels,
+        label_ids=known if labels else None,
         ending=_ending(path, content.get("file_ending")),
         min_voxels=_min_voxels(path, content),
         files=_files(path, content["dataset"]) if "dataset" in content else None,
@@ -88,7 +91,7 @@ def _channel_names(path: Path, content: Mapping[str, Json]) -> tuple[str, ...]:
 
 def _classes(
     path: Path, content: Mapping[str, Json]
-) -> tuple[tuple[Thing, ...], tuple[str, ...], frozenset[int] | None]:
+) -> tuple[tuple[Thing, ...], tuple[str, ...], dict[str, tuple[int, ...]]]:
     labels = content.get("labels", {})
     if not isinstance(labels, dict):
         raise DataError(f"{path}: 'labels' must be an object")
@@ -104,23 +107,22 @@ def _classes(
             )
     ids = {str(name): _label_ids(path, str(name), value) for name, value in labels.items()}
     _check_ids(path, ids)
-    known = frozenset(number for of_name in ids.values() for number in of_name) | {0}
     foreground = [name for name in ids if name != IGNORE and ids[name] != (0,)]
     if "things" not in content:
-        return (), tuple(foreground), known if labels else None
+        return (), tuple(foreground), ids
     things = _thing_names(path, content["things"], ids, foreground)
-    return tuple(Thing(name, ids[name]) for name in things), tuple(things), known
+    return tuple(Thing(name, ids[name]) for name in things), tuple(things), ids
 
 
 def _detection_classes(
     path: Path, content: Mapping[str, Json], names: Mapping[str, str]
-) -> tuple[tuple[Thing, ...], tuple[str, ...], frozenset[int] | None]:
+) -> tuple[tuple[Thing, ...], tuple[str, ...], dict[str, tuple[int, ...]]]:
     if set(names) != {str(n) for n in range(len(names))}:
         raise DataError(f"{path}: ids in 'labels' are {sorted(names)}, expected 0, 1, 2, ...")
     classes = tuple(names[str(n)] for n in range(len(names)))
     semantic = content.get("seg2det_things")  # of a semantic source that nnDetection converts
     if not semantic:
-        return (), classes, None
+        return (), classes, {}
     ids = _label_ids(path, "seg2det_things", semantic)
     if len(ids) != len(classes) or 0 in ids:
         raise DataError(
@@ -128,7 +130,7 @@ def _detection_classes(
             f"the {len(classes)} 'labels'"
         )
     things = tuple(Thing(name, (number,)) for name, number in zip(classes, ids, strict=True))
-    return things, classes, None
+    return things, classes, {}
 
 
 def _id_key(path: Path, key: str) -> int:

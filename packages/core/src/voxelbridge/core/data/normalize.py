@@ -11,6 +11,7 @@ from voxelbridge.core.config import Config
 from voxelbridge.core.errors import DataError
 
 MIN_STD = 1e-8  # nnU-Net's floor: a constant image becomes 0, not NaN
+MASK_BELOW = 0.75  # nnU-Net: cropping that leaves less means that the background was removed
 CT_PERCENTILES = (0.5, 99.5)  # nnU-Net and nnDetection: of the foreground voxels of all cases
 
 
@@ -70,6 +71,19 @@ def require_finite(array: NDArray[Any]) -> None:
         return
     count = array.size - int(np.count_nonzero(np.abs(array) <= limit))
     raise DataError(f"{count} voxels are NaN or infinite; correct the image before normalising")
+
+
+def normalization_of(
+    channel_name: str, samples: NDArray[Any], *, kept_by_crop: float
+) -> ZScore | CTPercentile:
+    """nnU-Net's rule: a channel called CT takes the data set's foreground, others their own.
+
+    `samples` are foreground intensities of the data set (read for CT alone); `kept_by_crop` is the
+    median share of the voxels that the crop to voxels other than 0 leaves.
+    """
+    if channel_name.casefold() == "ct":
+        return fit_ct(samples)
+    return ZScore(nonzero_only=kept_by_crop < MASK_BELOW)
 
 
 def fit_ct(samples: NDArray[Any]) -> CTPercentile:

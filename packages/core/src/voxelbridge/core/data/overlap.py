@@ -1,15 +1,17 @@
 """Which cases of two collections show the same scan: content hashes, origin ids, patients.
 
 Weights that were pre-trained on a scan must not be measured on it. Nothing here reads an image:
-hashes and origins come from what the stores' indexes keep (`core.data.provenance`).
+hashes and origins come from what the stores' indexes keep (`core.data.provenance`). Data sets that
+are known to share scans (`core.data.known_overlaps`) are named even where no case shows it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from voxelbridge.core.data.case_index import INDEX_NAME, read_index
+from voxelbridge.core.data.known_overlaps import KnownOverlap, read_known_overlaps
 from voxelbridge.core.data.provenance import Provenance
 
 SCHEMA = 1  # of the JSON output
@@ -36,6 +38,7 @@ class StoreOverlap:
     overlaps: tuple[Overlap, ...]
     num_cases: tuple[int, int]
     without_provenance: tuple[int, int]  # cases with neither an origin id nor a content hash
+    known: tuple[KnownOverlap, ...] = ()  # of the data sets, whatever their cases show
 
     def as_json(self, first: Path, second: Path) -> dict[str, Any]:
         """What `vb-core overlap --json` prints."""
@@ -48,6 +51,7 @@ class StoreOverlap:
                 {"a": pair.first, "b": pair.second, "reasons": list(pair.reasons)}
                 for pair in self.overlaps
             ],
+            "known_overlaps": [known.model_dump(mode="json") for known in self.known],
         }
 
     def lines(self, first: Path, second: Path) -> Iterator[str]:
@@ -60,6 +64,9 @@ class StoreOverlap:
         ):
             note = f", {unknown} without provenance that cannot be compared" if unknown else ""
             yield f"{store}: {total} cases{note}"
+        if self.known:
+            list_of_all = read_known_overlaps()
+            yield from (f"warning: {list_of_all.describe(known)}" for known in self.known)
         yield f"{len(self.overlaps)} overlapping pairs"
 
 
@@ -78,9 +85,19 @@ def provenance_keys(provenance: Provenance) -> set[Key]:
     keys: set[Key] = {("image", digest) for digest in provenance.content_sha256}
     keys |= {("origin", origin) for origin in origins}
     if provenance.patient is not None:
-        spaces = {name.partition(":")[0] for name in origins if ":" in name} - GLOBAL_SPACES
+        spaces = _spaces(provenance)
         keys |= {("patient", f"{space}:{provenance.patient}") for space in spaces}
     return keys
+
+
+def dataset_names(provenances: Iterable[Provenance]) -> set[str]:
+    """The names of the data sets that cases come from, as stores and origin ids give them."""
+    names: set[str] = set()
+    for provenance in provenances:
+        names |= _spaces(provenance)
+        if provenance.dataset is not None:
+            names.add(provenance.dataset)
+    return names
 
 
 def find_overlaps(
@@ -112,10 +129,21 @@ def compare_stores(first: Path, second: Path) -> StoreOverlap:
     """What two case stores have in common. Raises DataError for a folder that is no store."""
     a, b = read_provenances(first), read_provenances(second)
     return StoreOverlap(
-        tuple(find_overlaps(a, b)), (len(a), len(b)), (num_unknown(a), num_unknown(b))
+        tuple(find_overlaps(a, b)),
+        (len(a), len(b)),
+        (num_unknown(a), num_unknown(b)),
+        read_known_overlaps().between(
+            {first.resolve().name, *dataset_names(a.values())},
+            {second.resolve().name, *dataset_names(b.values())},
+        ),
     )
 
 
 def num_unknown(provenances: Mapping[str, Provenance]) -> int:
     """How many cases cannot be compared, having neither an origin id nor a content hash."""
     return sum(not p.origin_ids and not p.content_sha256 for p in provenances.values())
+
+
+def _spaces(provenance: Provenance) -> set[str]:
+    names = provenance.origin_ids
+    return {name.partition(":")[0] for name in names if ":" in name} - GLOBAL_SPACES

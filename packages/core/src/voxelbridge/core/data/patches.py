@@ -1,4 +1,4 @@
-"""Where a patch is cut: anywhere, or around an object; and the boxes seen through it."""
+"""Where a patch is cut: anywhere, around an object or a voxel; and the boxes seen through it."""
 
 from collections.abc import Sequence
 
@@ -30,6 +30,20 @@ def object_start(
     z, y, x = (
         _object_start_on_axis(rng, size, extent, float(edges[axis]), float(edges[axis + 3]))
         for axis, (size, extent) in enumerate(zip(shape, patch, strict=True))
+    )
+    return z, y, x
+
+
+def centred_start(voxel: ArrayLike, shape: Sequence[int], patch: Sequence[int]) -> Start:
+    """The patch centred on `voxel` (3,), moved by as little as keeps it inside the volume.
+
+    On axes where the patch is larger than the volume, the volume is centred in it.
+    """
+    z, y, x = (
+        min(max(0, int(centre) - extent // 2), size - extent)
+        if size >= extent
+        else _centred(size, extent)
+        for centre, size, extent in zip(np.asarray(voxel).tolist(), shape, patch, strict=True)
     )
     return z, y, x
 

@@ -26,10 +26,11 @@ def loss_charts(runs: Sequence[tuple[str, Sequence[Record]]]) -> str:
     return _charts([(name, [(run, records, name) for run, records in runs]) for name in ordered])
 
 
-def training_charts(records: Sequence[Record]) -> str:
+def training_charts(records: Sequence[Record], *, limit: int = MAX_LOSS_CHARTS) -> str:
     """One small chart per loss part of one run: training, validation and trivial predictor.
 
-    `val_loss` and `val_trivial` lie on the chart of the total, `val_<part>` on that of its part.
+    At most `limit` of them. `val_loss` and `val_trivial` lie on the chart of the total,
+    `val_<part>` on that of its part.
     """
     names = list(dict.fromkeys(key for record in records for key in loss_names(record)))
     parts = dict.fromkeys(name.removeprefix(VALIDATION_PREFIX) for name in names if name != TRIVIAL)
@@ -39,7 +40,7 @@ def training_charts(records: Sequence[Record]) -> str:
         if part == TOTAL:
             curves.append(("trivial", records, TRIVIAL))
         charts.append((part, curves))
-    return _charts(charts)
+    return _charts(charts, limit=limit)
 
 
 def loss_names(record: Record) -> list[str]:
@@ -51,11 +52,11 @@ def loss_names(record: Record) -> list[str]:
     ]
 
 
-def _charts(charts: Sequence[tuple[str, Sequence[Curve]]]) -> str:
+def _charts(charts: Sequence[tuple[str, Sequence[Curve]]], *, limit: int = MAX_LOSS_CHARTS) -> str:
     if not charts:
         return '<p class="soft">No loss was recorded.</p>'
     figures = []
-    for name, curves in charts[:MAX_LOSS_CHARTS]:
+    for name, curves in charts[:limit]:
         drawn = [_line(*curve, style=style) for style, curve in enumerate(curves)]
         lines = [line for line in drawn if line is not None]
         x = linear_axis("optimizer step", [line.x for line in lines])
@@ -67,8 +68,8 @@ def _charts(charts: Sequence[tuple[str, Sequence[Curve]]]) -> str:
         '<p class="soft">Thin: recorded values; thick: running median over about a tenth of the '
         "run (only of curves with many records)."
     )
-    if len(charts) > MAX_LOSS_CHARTS:
-        note += f" {len(charts) - MAX_LOSS_CHARTS} more loss parts are in metrics.jsonl."
+    if len(charts) > limit:
+        note += f" {len(charts) - limit} more loss parts are in metrics.jsonl."
     return f'{note}</p><div class="charts">{"".join(figures)}</div>'
 
 

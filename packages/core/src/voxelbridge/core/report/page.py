@@ -3,12 +3,17 @@
 What is text in an argument is escaped here; what is HTML says so.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 
+from voxelbridge.core.errors import DataError
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NOT_DEFINED = '<span class="none" title="not defined: no object of this kind">n/a</span>'
 
 
@@ -103,3 +108,18 @@ def figure_cell(value: float | None, *, form: str = ".3f") -> str:
     if value is None or value != value:
         return NOT_DEFINED
     return f'<data value="{value!r}" title="{value!r}">{value:{form}}</data>'
+
+
+def png_figure(path: Path, caption: str, *, alt: str) -> str:
+    """The <figure> of a PNG file, which the page then holds; DataError for another file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not content.startswith(PNG_SIGNATURE):
+        raise DataError(f"{path}: not a PNG file; delete it")
+    source = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+    return (
+        f"<figure><figcaption>{escape(caption)}</figcaption>"
+        f'<img src="{source}" alt="{escape(alt)}"></figure>'
+    )

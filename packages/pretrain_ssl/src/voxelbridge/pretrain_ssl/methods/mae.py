@@ -29,7 +29,7 @@ from voxelbridge.pretrain_ssl.masking import (
     over_voxels,
     random_block_mask,
 )
-from voxelbridge.pretrain_ssl.pictures import Picture, slice_panel
+from voxelbridge.pretrain_ssl.panels import Picture, slice_panel
 from voxelbridge.pretrain_ssl.reconstruction import (
     hide,
     masked_mse,
@@ -62,6 +62,11 @@ class MAE(Config):
     def citations(self) -> tuple[str, ...]:
         """Whom to cite."""
         return CITATIONS
+
+    @property
+    def reads_voxels(self) -> bool:
+        """Whether `views` looks at the values of the patch, not at its shape alone."""
+        return False
 
     def network_input(self, patch_size: Triple) -> Triple:
         """The size that the encoder sees."""

@@ -33,7 +33,7 @@ from voxelbridge.pretrain_ssl.corruptions.intensity import (
 from voxelbridge.pretrain_ssl.corruptions.noise import draw_seed
 from voxelbridge.pretrain_ssl.corruptions.painting import draw_cuboids, draw_paint, paint_noise
 from voxelbridge.pretrain_ssl.corruptions.shuffling import draw_windows, no_windows, shuffle
-from voxelbridge.pretrain_ssl.pictures import Picture, slice_panel
+from voxelbridge.pretrain_ssl.panels import Picture, slice_panel
 
 CITATIONS = (
     "Zhou et al., Models Genesis: Generic Autodidactic Models for 3D Medical Image Analysis, "
@@ -73,6 +73,11 @@ class ModelsGenesis(Config):
     def citations(self) -> tuple[str, ...]:
         """Whom to cite."""
         return CITATIONS
+
+    @property
+    def reads_voxels(self) -> bool:
+        """Whether `views` looks at the patch itself: flips it and takes its range."""
+        return True
 
     def network_input(self, patch_size: Triple) -> Triple:
         """The size that the encoder sees."""

@@ -32,7 +32,7 @@ from voxelbridge.pretrain_ssl.masking import (
     over_voxels,
     random_block_mask,
 )
-from voxelbridge.pretrain_ssl.pictures import Picture, slice_panel
+from voxelbridge.pretrain_ssl.panels import Picture, slice_panel
 from voxelbridge.pretrain_ssl.reconstruction import masked_mse, masked_mse_outside, visible_means
 from voxelbridge.pretrain_ssl.sparse import SparseMap, sparse_stages, visible_norm
 from voxelbridge.pretrain_ssl.sparse_levels import fill_hidden, stages_inside_blocks
@@ -66,6 +66,11 @@ class S3D(Config):
     def citations(self) -> tuple[str, ...]:
         """Whom to cite."""
         return CITATIONS
+
+    @property
+    def reads_voxels(self) -> bool:
+        """Whether `views` looks at the values of the patch, not at its shape alone."""
+        return False
 
     def network_input(self, patch_size: Triple) -> Triple:
         """The size that the encoder sees."""

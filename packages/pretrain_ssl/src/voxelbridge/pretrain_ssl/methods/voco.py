@@ -26,7 +26,7 @@ from voxelbridge.core.arch.encoder import PlainEncoder, ResEncoder
 from voxelbridge.core.config import Config
 from voxelbridge.core.data.augment_intensity import IntensityAugmentation, IntensityParams
 from voxelbridge.pretrain_ssl.momentum_teacher import MomentumTeacher
-from voxelbridge.pretrain_ssl.pictures import Panel, Picture
+from voxelbridge.pretrain_ssl.panels import Panel, Picture
 from voxelbridge.pretrain_ssl.voco_crops import (
     base_starts,
     crop_size,
@@ -90,6 +90,11 @@ class VoCo(Config):
     def has_teacher(self) -> bool:
         """Whether a momentum teacher embeds the other side of each pair."""
         return self.teacher == "momentum" or (self.teacher == "auto" and self.parity == "paper")
+
+    @property
+    def reads_voxels(self) -> bool:
+        """Whether `views` looks at the values of the patch, not at its shape alone."""
+        return False
 
     def network_input(self, patch_size: Triple) -> Triple:
         """The size that the encoder sees: one crop."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from voxelbridge.core.data.dataset_files import IMAGE_NAME
 from voxelbridge.core.data.dicom import DicomVolume, find_series
 from voxelbridge.core.data.dicom_headers import is_dicom
-from voxelbridge.core.data.image_io import READ_ENDINGS, image_ending, read_channels
+from voxelbridge.core.data.image_io import READ_ENDINGS, image_ending, image_stem, read_channels
 from voxelbridge.core.data.volume import Volume
 from voxelbridge.core.errors import DataError
 
@@ -38,7 +38,17 @@ class ImageCases:
     refused: tuple[str, ...]
 
 
-def find_images(
+def count_channels(images: Sequence[Path]) -> int:
+    """Channels of the first case among files and folders, from names alone; DICOM has one."""
+    files, _ = _image_files(images)
+    numbers: dict[str, int] = {}
+    for path in files:
+        name, channel = _channel_of(path)
+        numbers[name] = max(numbers.get(name, 0), channel + 1)
+    return numbers[min(numbers)] if numbers else 1
+
+
+def find_image_cases(
     images: Sequence[Path], *, num_channels: int, allow: Collection[str] = ()
 ) -> ImageCases:
     """Cases among files and folders: `{case}_0000.nii.gz`, ... per channel, or DICOM series.
@@ -50,9 +60,7 @@ def find_images(
     files, series = _image_files(images)
     channels: dict[str, dict[int, Path]] = {}
     for path in files:
-        stem = path.name[: -len(image_ending(path.name) or "")]
-        parts = IMAGE_NAME.fullmatch(stem)
-        name, channel = (parts["case"], int(parts["channel"])) if parts else (stem, 0)
+        name, channel = _channel_of(path)
         known = channels.setdefault(name, {})
         if channel in known:
             raise DataError(f"case {name}: {known[channel]} and {path} are both channel {channel}")
@@ -81,6 +89,12 @@ def find_images(
             f"readable are {', '.join(READ_ENDINGS)} and DICOM series"
         )
     return ImageCases(tuple(cases), tuple(refused))
+
+
+def _channel_of(path: Path) -> tuple[str, int]:
+    stem = image_stem(path.name)
+    parts = IMAGE_NAME.fullmatch(stem)
+    return (parts["case"], int(parts["channel"])) if parts else (stem, 0)
 
 
 def _image_files(images: Sequence[Path]) -> tuple[list[Path], list[Path]]:
