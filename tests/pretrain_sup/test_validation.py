@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from voxelbridge.core.train.steps import evaluating
 from voxelbridge.pretrain_sup.dataset_labels import DatasetLabels, Target
 from voxelbridge.pretrain_sup.label_space import LabelSpace, build_label_space
-from voxelbridge.pretrain_sup.validation import evaluating, pseudo_dice, target_counts
+from voxelbridge.pretrain_sup.validation import pseudo_dice, target_counts
 
 ORGANS = DatasetLabels(
     "organs", ("CT",), (Target("a", (4,)), Target("b", (7,)), Target("c", (9,))), 5, 2

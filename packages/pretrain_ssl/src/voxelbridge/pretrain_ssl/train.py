@@ -1,7 +1,6 @@
 """Pre-training from start to finished checkpoint, top to bottom."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from voxelbridge.core.train.placement import place_objective
 from voxelbridge.core.train.resume import stop_on_signals
 from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
-from voxelbridge.core.train.steps import autocast, move
+from voxelbridge.core.train.steps import autocast, evaluating, move
 from voxelbridge.pretrain_ssl.batches import Batch, PatchSampler, on_device
 from voxelbridge.pretrain_ssl.cases import Sampling, case_order, channel_count, check_masks
 from voxelbridge.pretrain_ssl.config import KIND, PretrainConfig
@@ -174,16 +173,6 @@ def validation_batch(sampler: PatchSampler, index: int, device: torch.device) ->
     batch = sampler.validation_batch(index)
     del batch[FAILED]  # only what training meets is counted
     return move(batch, device)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in inference mode inside the block, training again afterwards."""
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()
 
 
 def data_facts(

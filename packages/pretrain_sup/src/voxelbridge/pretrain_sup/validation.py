@@ -1,14 +1,11 @@
 """Losses and pseudo Dice on the fixed validation patches, per data set."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from voxelbridge.core.train.distributed import World
 from voxelbridge.core.train.metrics import Meter
-from voxelbridge.core.train.steps import autocast, move
+from voxelbridge.core.train.steps import autocast, evaluating, move
 from voxelbridge.pretrain_sup.batches import MultiDatasetSampler, SegmentationBatch
 from voxelbridge.pretrain_sup.config import MultiTalentConfig
 from voxelbridge.pretrain_sup.label_space import Head, LabelSpace, encode_target
@@ -76,16 +73,6 @@ def pseudo_dice(space: LabelSpace, of_ranks: list[Counts]) -> dict[str, float]:
             if true:
                 values.setdefault(head.dataset, []).append(2 * overlap / (predicted + true))
     return {f"val_{name}.dice": sum(dice) / len(dice) for name, dice in values.items()}
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in inference mode inside the block, training again afterwards."""
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()
 
 
 def _sum(first: list[list[int]] | None, second: list[list[int]]) -> list[list[int]]:

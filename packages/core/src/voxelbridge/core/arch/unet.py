@@ -75,3 +75,9 @@ def build_decoder(config: DecoderConfig, encoder: EncoderConfig) -> UNetDecoder:
         conv_bias=config.conv_bias,
         kernels=encoder.kernels,
     )
+
+
+def one_conv_per_level(encoder: EncoderConfig) -> DecoderConfig:
+    """The decoder of nnU-Net's residual presets: one convolution block per level."""
+    levels = len(encoder.features) - 1
+    return DecoderConfig(convs_per_stage=(1,) * levels, conv_bias=encoder.conv_bias)

@@ -10,7 +10,7 @@ seeded anew for every step from (seed, rank, step): a resumed run needs no saved
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -152,6 +152,16 @@ def place(
 def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> torch.autocast:
     """The autocast region of training and validation."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in inference mode inside the block, training again afterwards."""
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
 
 
 def _forward_and_backward(

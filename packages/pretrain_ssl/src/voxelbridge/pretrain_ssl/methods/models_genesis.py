@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from voxelbridge.core.arch.config import DecoderConfig, Triple
 from voxelbridge.core.arch.encoder import PlainEncoder, ResEncoder
-from voxelbridge.core.arch.unet import UNetDecoder, build_decoder
+from voxelbridge.core.arch.unet import UNetDecoder, build_decoder, one_conv_per_level
 from voxelbridge.core.config import Config
 from voxelbridge.pretrain_ssl.corruptions.bezier import bend, draw_control_points, draw_direction
 from voxelbridge.pretrain_ssl.corruptions.intensity import (
@@ -88,8 +88,7 @@ class ModelsGenesis(Config):
 
     def build(self, encoder: ResEncoder | PlainEncoder) -> "ModelsGenesisObjective":
         """The U-Net around `encoder`, with one convolution per decoder level (nnU-Net ResEnc)."""
-        levels = len(encoder.channels) - 1
-        shape = DecoderConfig(convs_per_stage=(1,) * levels, conv_bias=encoder.config.conv_bias)
+        shape = one_conv_per_level(encoder.config)
         decoder = build_decoder(shape, encoder.config)
         return ModelsGenesisObjective(encoder, decoder, decoder_config=shape, parity=self.parity)
 

@@ -11,26 +11,20 @@ light decoder, mask ratio 0.6, blocks of the total stride and LAMB are not repro
 normalisation is `normalize_target`.
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from voxelbridge.core.arch.blocks import NORM_EPS
 from voxelbridge.core.arch.config import DecoderConfig, Triple
 from voxelbridge.core.arch.encoder import PlainEncoder, ResEncoder
-from voxelbridge.core.arch.unet import UNetDecoder, build_decoder
-from voxelbridge.core.config import Config
+from voxelbridge.core.arch.unet import UNetDecoder, build_decoder, one_conv_per_level
+from voxelbridge.pretrain_ssl.block_masking import BlockMasking
 from voxelbridge.pretrain_ssl.masking import (
     as_blocks,
-    block_grid,
     hidden_count,
     over_voxels,
-    random_block_mask,
 )
 from voxelbridge.pretrain_ssl.panels import Picture, slice_panel
 from voxelbridge.pretrain_ssl.reconstruction import masked_mse, masked_mse_outside, visible_means
@@ -47,62 +41,24 @@ TOKEN_STD = 0.02  # SparK; nnssl draws within one standard deviation
 TARGET_EPS = 1e-6  # SparK
 
 
-class S3D(Config):
+class S3D(BlockMasking):
     """Settings of the method, and how they become an objective and views of a patch."""
 
     name: Literal["s3d"] = "s3d"
     parity: Literal["paper", "nnssl"] = "paper"
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # of the blocks of a patch
-    block_size: PositiveInt = 16  # edge of a mask block in voxels
     normalize_target: bool = False  # SparK: reconstruct each block with mean 0 and variance 1
-    exclude_mask: str | None = None  # stored mask whose voxels do not count, e.g. "anonymization"
-
-    @property
-    def used_masks(self) -> tuple[str, ...]:
-        """Names of the stored masks that `views` takes."""
-        return () if self.exclude_mask is None else (self.exclude_mask,)
 
     @property
     def citations(self) -> tuple[str, ...]:
         """Whom to cite."""
         return CITATIONS
 
-    @property
-    def reads_voxels(self) -> bool:
-        """Whether `views` looks at the values of the patch, not at its shape alone."""
-        return False
-
-    def network_input(self, patch_size: Triple) -> Triple:
-        """The size that the encoder sees."""
-        return patch_size
-
-    def check_patch(self, patch_size: Triple) -> None:
-        """ValueError unless the blocks divide the patch, some are hidden and some are not."""
-        grid = block_grid(patch_size, self.block_size)
-        if hidden_count(grid, self.mask_ratio) == 0:
-            raise ValueError(f"mask_ratio {self.mask_ratio} hides none of the {grid} blocks")
-
     def build(self, encoder: ResEncoder | PlainEncoder) -> "S3DObjective":
         """The U-Net around `encoder`, with one convolution per decoder level (nnU-Net ResEnc)."""
-        levels = len(encoder.channels) - 1
-        shape = DecoderConfig(convs_per_stage=(1,) * levels, conv_bias=encoder.config.conv_bias)
+        shape = one_conv_per_level(encoder.config)
         return S3DObjective(
             encoder, build_decoder(shape, encoder.config), decoder_config=shape, config=self
         )
-
-    def views(
-        self,
-        patch: NDArray[np.float32],
-        rng: np.random.Generator,
-        *,
-        masks: Mapping[str, NDArray[np.uint8]],
-    ) -> dict[str, NDArray[Any]]:
-        """`image` (C, D, H, W), `hidden` blocks (gz, gy, gx), and `excluded` where asked for."""
-        grid = block_grid(patch.shape[1:], self.block_size)
-        views = {"image": patch, "hidden": random_block_mask(rng, grid, ratio=self.mask_ratio)}
-        if self.exclude_mask is not None:
-            views["excluded"] = masks[self.exclude_mask] != 0
-        return views
 
 
 class S3DObjective(nn.Module):
