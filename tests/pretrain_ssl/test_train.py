@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,3 +206,37 @@ def test_signal_saves_within_a_step_and_the_same_command_goes_on(
     subprocess.run(command(tiny_store, stopped, changed), check=True, stdout=subprocess.DEVNULL)
     subprocess.run(command(tiny_store, straight, changed), check=True, stdout=subprocess.DEVNULL)
     assert read_metrics(stopped / "metrics.jsonl") == read_metrics(straight / "metrics.jsonl")
+
+
+def test_pictures_reach_tensorboard(tiny_store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra [track] is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    config = small("schedule.steps=6", "pictures=1")
+    train(config, store=tiny_store, run=run, device="cpu", tensorboard=True)
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["patch 0"]
+    (picture,) = events.Images("patch 0")
+    assert (picture.step, picture.height > 0) == (5, True)
+
+
+def test_unreadable_case_is_skipped_counted_and_may_end_the_run(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(tiny_store, store)
+    broken = store / "cases" / "case05.b2nd"
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 1
+    broken.write_bytes(content)
+    settings = ("schedule.steps=12", "validation_patches=0")
+    train(small(*settings), store=store, run=tmp_path / "run", device="cpu")
+    errors = capsys.readouterr().err
+    assert errors.count("skipped: ") == 1
+    assert str(broken) in errors
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["failed_cases"] == 1
+    config = small(*settings, "max_failed_share=0.05")
+    with pytest.raises(DataError, match=r"1 of 12 cases could not be read, more than max_failed"):
+        train(config, store=store, run=tmp_path / "stopped", device="cpu")
