@@ -27,11 +27,16 @@ def _one_torch_thread() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all-seeds", action="store_true", help="train with every seed where one is the default"
+        "--all-seeds", action="store_true", help="every seed where one is the default; long tests"
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all-seeds"):
+        left = pytest.mark.skip(reason="runs with --all-seeds, as in `make test`")
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(left)
     if not any("gpu" in item.keywords for item in items):
         return
     import torch

@@ -179,7 +179,12 @@ def test_killed_and_resumed_run_is_bit_identical(tiny_store: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+    ],
 )
 def test_signal_saves_within_a_step_and_the_same_command_goes_on(
     tiny_store: Path, tmp_path: Path, number: signal.Signals, status: int
@@ -196,7 +201,7 @@ def test_signal_saves_within_a_step_and_the_same_command_goes_on(
     wait_for_records(stopped, 3, process)
     os.killpg(process.pid, number)  # workers get it too, as from a terminal or a batch system
     before = len(read_metrics(stopped / "metrics.jsonl"))
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == status
     assert f"stopped by {number.name} after step" in output
     assert "Traceback" not in errors

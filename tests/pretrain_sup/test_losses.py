@@ -400,7 +400,7 @@ def test_two_ranks_have_the_gradients_of_one_process_on_the_joined_batch(tmp_pat
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(timeout=60)
+        rank.join(timeout=200)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
 

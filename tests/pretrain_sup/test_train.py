@@ -258,7 +258,7 @@ def test_two_ranks_train_like_one_process_with_the_joined_batch(
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = [str(tmp_path), str(tmp_path / "two")]
     subprocess.run(
-        [sys.executable, *launcher, __file__, *words], check=True, timeout=120, capture_output=True
+        [sys.executable, *launcher, __file__, *words], check=True, timeout=400, capture_output=True
     )
     train_layouts(tmp_path, tmp_path / "one")
     for layout in LAYOUTS:

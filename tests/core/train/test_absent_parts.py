@@ -80,13 +80,14 @@ def run_rank(out: Path) -> None:
         (out / f"{world.rank}.json").write_text(json.dumps(content))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_average_like_one_process_with_the_joined_batch(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     subprocess.run(
         [sys.executable, *launcher, __file__, str(tmp_path)],
         check=True,
-        timeout=120,
+        timeout=400,
         capture_output=True,
     )
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -68,7 +68,7 @@ def test_two_ranks_train_like_one_process_on_both_halves(tmp_path: Path) -> None
     subprocess.run(
         [*launcher, "--nproc-per-node", "2", script, str(Path(__file__).parent), str(tmp_path)],
         check=True,
-        timeout=120,
+        timeout=400,
         capture_output=True,
     )
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
