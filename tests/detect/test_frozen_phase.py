@@ -131,6 +131,7 @@ with join_world("cpu") as world:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_agree_before_and_after_the_encoder_thaws(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"

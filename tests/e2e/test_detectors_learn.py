@@ -53,6 +53,7 @@ def skip_unless_asked(request: pytest.FixtureRequest, seed: int) -> None:
         pytest.skip(f"seed {seed} is trained with --all-seeds, as `make test` does")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("preset", STEPS)

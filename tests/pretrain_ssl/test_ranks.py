@@ -66,6 +66,7 @@ def weights(run: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_train_as_one_process_and_resume_exactly(
     tiny_store: Path, tmp_path: Path

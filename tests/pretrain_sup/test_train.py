@@ -210,6 +210,7 @@ def test_the_finished_checkpoint_gives_the_encoder_of_every_stem(
             torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_and_resumed_run_is_bit_identical(organs_store: Path, tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -249,6 +250,7 @@ def run_rank(store: Path, out: Path) -> None:
         train_layouts(store, out)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_train_like_one_process_with_the_joined_batch(
     write_store: WriteStore, tmp_path: Path
