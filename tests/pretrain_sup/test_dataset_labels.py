@@ -17,6 +17,7 @@ from voxelbridge.pretrain_sup.dataset_labels import (
     check_name,
     read_dataset_labels,
     read_segmentation,
+    unreadable_paint,
 )
 
 GRID = Grid.from_parts((4, 5, 6), (2.0, 1.0, 1.0))
@@ -200,3 +201,22 @@ def test_targets_that_overlap_must_be_regions() -> None:
         DatasetLabels("lits", ("CT",), (Target("a", (1,)), Target("a", (2,))), None, 1)
     with pytest.raises(DataError, match="no target 'kidney'; it has liver, tumour"):
         DatasetLabels("lits", ("CT",), nested, None, 1, regions=True).target("kidney")
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([2, 1, 4], None),
+        ([1, 2, 4], "paints whole as 1, which is also one of core"),
+        ([2, 3, 5], "paints enhancing as 5, which is none of its own ids"),
+    ],
+)
+def test_an_order_of_painting_that_cannot_be_read_back_is_told(
+    order: list[int], message: str | None
+) -> None:
+    regions = {"whole": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)}
+    targets = tuple(
+        Target(name, ids, paint) for (name, ids), paint in zip(regions.items(), order, strict=True)
+    )
+    warning = unreadable_paint(DatasetLabels("toy", ("MR",), targets, None, 1, regions=True))
+    assert warning is None if message is None else message in str(warning)

@@ -104,6 +104,25 @@ class DatasetLabels:
         )
 
 
+def unreadable_paint(labels: DatasetLabels) -> str | None:
+    """Why predictions painted in the stated order cannot be read back as regions; None: they can.
+
+    A region's id must be its own and of no region that is painted over it.
+    """
+    for place, target in enumerate(labels.targets):
+        if target.paint is None:
+            continue
+        others = [t.name for t in labels.targets[place + 1 :] if target.paint in t.ids]
+        if target.paint not in target.ids or others:
+            reason = f"is also one of {others[0]}" if others else "is none of its own ids"
+            return (
+                f"{labels.name}: 'regions_class_order' paints {target.name} as {target.paint}, "
+                f"which {reason}: label maps painted so cannot be read as the regions they were; "
+                "mend the order in dataset.json, or leave it out"
+            )
+    return None
+
+
 def read_dataset_labels(folder: Path, *, name: str | None = None) -> DatasetLabels:
     """The labels of a raw data set folder; `name` None: the folder's own name.
 

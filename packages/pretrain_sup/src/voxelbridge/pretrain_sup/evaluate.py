@@ -5,6 +5,7 @@ docs/methods/multitalent.md, section Evaluation.
 """
 
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from voxelbridge.pretrain_sup.dataset_labels import (
     check_values,
     read_dataset_labels,
     read_segmentation,
+    unreadable_paint,
 )
 from voxelbridge.pretrain_sup.mask_scores import MaskScores, compare_labels
 
@@ -103,6 +105,8 @@ def evaluate_files(
 ) -> dict[str, Any]:  # Any: a JSON object
     """As `evaluate_folder`; the summary goes to the file `output`, the rows to `table` (CSV)."""
     chosen = _chosen(labels.labels, targets)
+    if warning := unreadable_paint(labels.labels):
+        print(f"warning: {warning}", file=sys.stderr)
     references = {case.case_id: case for case in labels.cases}
     predicted = _label_maps(predictions)
     if unknown := sorted(set(predicted) - set(references)):
