@@ -2,6 +2,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxelbridge.core.errors import ConfigError, DataError
+from voxelbridge.detect.evaluate.assign import true_positive_flags
+from voxelbridge.detect.evaluate.curves import froc_curve, precision_recall_curve
+from voxelbridge.detect.evaluate.measures import RANGE, Convention, Measures, requested
 from voxelbridge.detect.evaluate.metrics import (
-    RANGE,
     compute_metrics,
     evaluate_files,
-    froc_curve,
-    precision_recall_curve,
 )
+from voxelbridge.detect.evaluate.plots import write_plots
 from voxelbridge.detect.evaluate.tables import (
     BoxTable,
     read_cases,
@@ -221,8 +223,11 @@ def test_more_than_a_hundred_boxes_per_class_equal_the_plain_evaluator() -> None
     assert got["counts"]["0"]["predictions_after_cut"] <= 200
 
 
+@pytest.mark.parametrize("convention", ["clean", "nndetection"])  # equal: every class is there
 @pytest.mark.parametrize("name", ["m01_single_class", "m02_multi_class"])
-def test_metrics_equal_the_reference(shared: Path, tmp_path: Path, name: str) -> None:
+def test_metrics_equal_the_reference(
+    shared: Path, tmp_path: Path, name: str, convention: Convention
+) -> None:
     folder = shared / "golden" / "metrics" / name
     output = tmp_path / "metrics.json"
     evaluate_files(
@@ -230,6 +235,7 @@ def test_metrics_equal_the_reference(shared: Path, tmp_path: Path, name: str) ->
         folder / "predictions.csv",
         cases=folder / "cases.csv",
         output=output,
+        convention=convention,
     )
     expected = json.loads((folder / "expected.json").read_text())
     del expected["name"], expected["description"]
@@ -434,3 +440,165 @@ def test_the_output_never_replaces_a_table(tmp_path: Path) -> None:
             cases=paths["cases"],
             output=paths["predictions"],
         )
+
+
+def rows_in(table: BoxTable, order: np.ndarray, cases: np.ndarray | None = None) -> BoxTable:
+    """The rows in another order; `cases` gives every case another place in the list."""
+    index = table.case_index if cases is None else cases[table.case_index]
+    return BoxTable(
+        case_index=index[order],
+        labels=table.labels[order],
+        boxes=table.boxes[order],
+        scores=None if table.scores is None else table.scores[order],
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=tables_with_ties(), seed=st.integers(0, 2**20))
+def test_rows_of_different_cases_may_be_mixed_in_any_way(
+    data: tuple[int, list[Row], list[Row]], seed: int
+) -> None:
+    cases, objects, boxes = data
+    rng = np.random.default_rng(seed)
+    names = [str(case) for case in range(cases)]
+    truth, found = tables(objects, boxes)
+
+    def mixed(table: BoxTable) -> BoxTable:  # rows of one case keep their order
+        places = rng.permutation(len(table))
+        order = np.empty(len(table), dtype=np.int64)
+        for case in range(cases):
+            mine = table.case_index == case
+            order[np.sort(places[mine])] = np.flatnonzero(mine)
+        return rows_in(table, order)
+
+    assert compute_metrics(names, mixed(truth), mixed(found), bootstrap=2) == compute_metrics(
+        names, truth, found, bootstrap=2
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=tables_with_ties(), seed=st.integers(0, 2**20))
+def test_without_ties_the_order_of_cases_and_rows_does_not_matter(
+    data: tuple[int, list[Row], list[Row]], seed: int
+) -> None:
+    cases, objects, boxes = data
+    rng = np.random.default_rng(seed)
+    scores = rng.permutation(len(boxes)) / 64
+    boxes = [(*row[:2], float(score), row[3]) for row, score in zip(boxes, scores, strict=True)]
+    objects = list(dict.fromkeys(objects))  # of equal objects any may be the one that is found
+    truth, found = tables(objects, boxes)
+    names = [str(case) for case in range(cases)]
+    place = rng.permutation(cases)
+    other = compute_metrics(
+        names, rows_in(truth, np.arange(len(truth)), place),
+        rows_in(found, rng.permutation(len(found)), place),
+    )  # fmt: skip
+    assert_close(compute_metrics(names, truth, found), other)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=tables_with_ties())
+def test_empty_cases_change_the_rate_of_false_positives_alone(
+    data: tuple[int, list[Row], list[Row]],
+) -> None:
+    cases, objects, boxes = data
+    truth, found = tables(objects, boxes)
+    fewer = compute_metrics(
+        [str(n) for n in range(cases)], truth, found, measures=Measures(fppi=(0.25, 0.5, 2.0))
+    )
+    more = compute_metrics(
+        [str(n) for n in range(2 * cases)], truth, found, measures=Measures(fppi=(0.125, 0.25, 1.0))
+    )
+    assert more["num_cases"] == 2 * fewer["num_cases"]
+    for key in ("ap", "froc", "counts", "score_histogram"):
+        assert more[key] == fewer[key]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=tables_with_ties(), case=st.integers(0, 3))
+def test_what_a_case_finds_does_not_depend_on_other_cases(
+    data: tuple[int, list[Row], list[Row]], case: int
+) -> None:
+    cases, objects, boxes = data
+    names = [str(n) for n in range(max(cases, case + 1))]
+    alone = tables(*([row for row in rows if row[0] == case] for rows in (objects, boxes)))
+    truth, found = tables(objects, boxes)
+    flags, _ = true_positive_flags(names, truth, found, iou_threshold=0.1)
+    of_case, _ = true_positive_flags(names, *alone, iou_threshold=0.1)
+    assert flags[found.case_index == case].tolist() == of_case.tolist()
+
+
+def test_ties_follow_the_list_of_cases_and_then_the_rows() -> None:
+    hit: Row = (0, 0, 0.5, OBJECT[3])
+    error: Row = (1, 0, 0.5, MISS[3])
+    names = ["a", "b"]
+
+    def ap(boxes: list[Row], objects: list[Row]) -> float:
+        return compute_metrics(names, *tables(objects, boxes))["ap"]["0.10"]["map"]
+
+    assert ap([error, hit], [OBJECT]) == 1.0  # the case of the hit is listed first
+    swapped: list[Row] = [(1 - row[0], *row[1:]) for row in (hit, error)]
+    assert ap(swapped, [(1, *OBJECT[1:])]) == 0.5
+    assert ap([(0, *error[1:]), hit], [OBJECT]) == 0.5  # one case: the error is the earlier row
+
+
+def measured(**options: Any) -> Measures:
+    unset: dict[str, Any] = {
+        "iou": [], "fppi": [], "operating_rates": [], "size_measure": "volume", "size_edges": [],
+    }  # fmt: skip
+    return requested(**{**unset, **options})
+
+
+def test_more_thresholds_and_other_rates_come_beside_the_standard_ones() -> None:
+    names, truth, found = random_data(20)
+    standard = compute_metrics(names, truth, found)
+    more = compute_metrics(
+        names, truth, found,
+        measures=measured(iou=[0.2, 0.1, 0.125], fppi=[1, 0.3], operating_rates=[0.7]),
+    )  # fmt: skip
+    assert list(more["ap"]) == ["0.10", "0.125", "0.20", "0.30", "0.50", "0.10:0.50:0.05"]
+    assert list(more["froc"]) == ["0.10", "0.125", "0.20", "0.30"]
+    for key, value in standard["ap"].items():
+        assert more["ap"][key] == value
+    assert more["fppi"] == [0.3, 1.0]
+    assert (
+        more["froc"]["0.10"]["pooled"]["sensitivity"][1]
+        == (standard["froc"]["0.10"]["pooled"]["sensitivity"][3])
+    )
+    (point,) = more["operating_points"]["0.20"]["pooled"]
+    assert point["fppi"] <= point["wanted_fppi"] == 0.7
+    assert [p["wanted_fppi"] for p in standard["operating_points"]["0.10"]["pooled"]] == [*RATES]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iou": [1.5]}, "IoU thresholds"),
+        ({"iou": [math.nan]}, "IoU thresholds"),
+        ({"fppi": [0.0]}, "false positives per image"),
+        ({"fppi": [math.nan]}, "false positives per image"),
+        ({"operating_rates": [-1.0]}, "false positives per image"),
+        ({"size_edges": [5.0, 2.0]}, "sizes: got the edges 5, 2"),
+    ],
+)
+def test_impossible_measures_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        measured(**options)
+
+
+def test_plots_are_drawn_and_well_formed(tmp_path: Path) -> None:
+    names, truth, found = random_data(20)
+    metrics = compute_metrics(names, truth, found, num_classes=3, bootstrap=10)
+    write_plots(tmp_path / "plots", names, truth, found, metrics=metrics)
+    pictures = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    curves = [f"precision_recall_{label}.svg" for label in range(3)]
+    assert pictures == ["froc.svg", *curves, "scores_0.10.svg", "scores_0.30.svg"]
+    for name in pictures:
+        root = ElementTree.parse(tmp_path / "plots" / name).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    froc = (tmp_path / "plots" / "froc.svg").read_text()
+    assert "0.10: 97.5 %" in froc
+    assert f"IoU 0.10 {metrics['froc']['0.10']['pooled']['mean']:.3f}" in froc
+    nothing = compute_metrics(["a"], *tables([], []))
+    write_plots(tmp_path / "empty", ["a"], *tables([], []), metrics=nothing)
+    assert "nothing to draw" in (tmp_path / "empty" / "froc.svg").read_text()

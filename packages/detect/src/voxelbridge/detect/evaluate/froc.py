@@ -1,4 +1,6 @@
-"""FROC: sensitivity against false positives per image, read at seven rates."""
+"""FROC: sensitivity against false positives per image, read at seven rates or others."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +28,14 @@ def froc_points(
     )
 
 
-def sensitivity_at_rates(fppi: Floats, sensitivity: Floats) -> Floats:
-    """Sensitivity at the seven rates FPPI of a curve that starts in (0, 0); (points,) x 2 -> (7,).
+def sensitivity_at_rates(
+    fppi: Floats, sensitivity: Floats, *, rates: Sequence[float] = FPPI
+) -> Floats:
+    """Sensitivity at each rate of a curve that starts in (0, 0); (points,) x 2 -> (rates,).
 
     Linear between points; of points at the same rate the highest; beyond the last point its value.
     """
-    return np.interp(FPPI, fppi, sensitivity)
+    return np.interp(rates, fppi, sensitivity)
 
 
 def last_of_each_score(scores: Floats) -> NDArray[np.int64]:
