@@ -8,7 +8,12 @@ import pytest
 
 from voxelbridge.core.config import Config
 from voxelbridge.core.errors import ConfigError, DataError
-from voxelbridge.core.run import RunDirectory, RunLockedError, read_run_config
+from voxelbridge.core.run import (
+    RunDirectory,
+    RunLockedError,
+    code_version,
+    read_run_config,
+)
 
 
 class Inner(Config):
@@ -93,7 +98,36 @@ def test_each_start_is_recorded(tmp_path: Path) -> None:
     assert content["schema"] == 1
     assert [start["device"] for start in content["starts"]] == ["cpu", "cuda:0"]
     assert content["starts"][0]["arguments"] == {"workers": 2}
-    assert content["starts"][0]["versions"]["torch"]
+    versions = content["starts"][0]["versions"]
+    assert {"voxelbridge-core", "torch", "numpy", "SimpleITK", "blosc2"} <= versions.keys()
+    assert versions["torch"]
+    assert "code" in content["starts"][0]
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    done = subprocess.run(
+        ["git", "-C", str(folder), *identity, *words], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_code_is_the_commit_of_the_repository_that_tracks_it(tmp_path: Path) -> None:
+    code = tmp_path / "src" / "part"
+    code.mkdir(parents=True)
+    (code / "a.py").write_text("1")
+    git(tmp_path, "init", "-q")
+    (tmp_path / "other").touch()
+    git(tmp_path, "add", "other")
+    git(tmp_path, "commit", "-qm", "x")
+    assert code_version(code) is None  # installed into somebody's repository, not part of it
+    git(tmp_path, "add", "src")
+    git(tmp_path, "commit", "-qm", "y")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert code_version(code) == commit
+    (code / "a.py").write_text("2")
+    assert code_version(code) == f"{commit}-dirty"
+    assert code_version(tmp_path.parent / "nowhere") is None
 
 
 HOLD = """

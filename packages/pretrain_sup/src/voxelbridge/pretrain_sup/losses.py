@@ -7,13 +7,13 @@ peers, whose Dice has no smoothing either; it costs 0 here where they add a cons
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from voxelbridge.core.train.distributed import sum_over_ranks
 from voxelbridge.pretrain_sup.label_space import Head
 
 DICE_FLOOR = 1e-7  # of a Dice's denominator: 0 / 0 becomes 0
@@ -143,17 +143,6 @@ def joint_loss(
     }
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of `values` over all ranks, with gradients to every rank's own; every rank must call it.
-
-    Where all ranks put the sum to the same use and their gradients are averaged afterwards
-    (DistributedDataParallel), the result is the gradient of one process that has all the data.
-    """
-    total = _SumOverRanks.apply(values)
-    assert isinstance(total, Tensor)
-    return total
-
-
 def nearest(values: Tensor, size: Sequence[int]) -> Tensor:
     """(..., D, H, W) at another size by the voxel nearest to each new centre; the later in a tie.
 
@@ -170,22 +159,6 @@ def nearest(values: Tensor, size: Sequence[int]) -> Tensor:
 def at_least_float32(values: Tensor) -> Tensor:
     """`values` as float32, or as they are where they are wider."""
     return values if values.dtype == torch.float64 else values.float()
-
-
-class _SumOverRanks(torch.autograd.Function):
-    # torch.distributed.nn has the same, deprecated from torch 2.13 on
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004 - torch gives its context
-        total = values.detach().clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Tensor:  # noqa: ARG004
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
 
 
 def _zero(logits: Tensor) -> Tensor:

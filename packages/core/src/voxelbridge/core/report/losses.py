@@ -8,7 +8,9 @@ import numpy as np
 from voxelbridge.core.report.charts import Line, chart_figure, linear_axis, smoothed
 
 # Keys of metrics.jsonl; gradient_norm is shown, as its jumps explain those of a loss.
-NOT_A_LOSS = ("step", "epoch", "learning_rate", "seconds", "failed_cases")
+NOT_A_LOSS = (
+    "step", "epoch", "learning_rate", "seconds", "failed_cases", "attempt", "restart", "improvement"
+)  # fmt: skip
 TOTAL = "loss"
 VALIDATION_PREFIX = "val_"
 TRIVIAL = "val_trivial"  # loss of the trivial predictor on the validation patches

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import get_node_local_rank
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,6 +98,41 @@ def join_world(device: DeviceChoice) -> Iterator[World]:
         world.control = None
         gc.collect()
         dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of `values` over all ranks, with gradients to every rank's own; every rank must call it.
+
+    Where all ranks put the sum to the same use and their gradients are averaged afterwards
+    (DistributedDataParallel), the result is the gradient of one process that has all the data.
+    Without `torchrun`, or as the only rank, `values` themselves.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return values
+    total = _SumOverRanks.apply(values)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def num_ranks() -> int:
+    """Ranks of the job that this process belongs to."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    # torch.distributed.nn has the same, deprecated from torch 2.13 on
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004 - torch gives its context
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Tensor:  # noqa: ARG004
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 def choose_device(choice: DeviceChoice, *, index: int = 0) -> torch.device:

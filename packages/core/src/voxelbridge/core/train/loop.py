@@ -16,21 +16,26 @@ network, validation) is in `core`, and what would have to be fixed twice lives h
             batches = step_batches(make_batch, first_step=training.first_pass, ...)
             for result in training.steps(batches):
                 if due(config.validate_every_steps, result.step):
-                    training.log(validate(...))                   # {"val_loss": ...}
+                    with training.averaged():
+                        training.log(validate(...))               # {"val_loss": ...}
             if training.is_finished and world.is_main:
-                write_checkpoint(...)
+                with training.averaged():
+                    write_checkpoint(...)
     return report_stop(training)
 
 `training.steps` runs `train_steps` with the settings of the config, adds the losses to the meter,
 and after the loop's body writes the record of the step and saves the state where due. Values given
 to `training.log` become part of the step's record, which is then written whatever
-`log_every_steps` says, so that a step has one record. States are written by a thread; a body that
-ends the run early finds the last one on the disk behind `open_training`.
+`log_every_steps` says, so that a step has one record. `training.averaged()` matters where weights
+are averaged (`averaging`), and a training that may restart (`restart`) gives `training.steps` a
+function `batches(first_pass, passes)` instead of the batches: see there. States are written by a
+thread; a body that ends the run early finds the last one on the disk behind `open_training`.
 """
 
+import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -40,8 +45,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from voxelbridge.core.errors import CheckpointError
 from voxelbridge.core.progress import LINE_EVERY_SECONDS, track
 from voxelbridge.core.run import CONFIG_FILE, Facts, check_same_config
+from voxelbridge.core.train.averaging import EMA, Averager, NoAveraging, WeightAveraging
 from voxelbridge.core.train.distributed import World
 from voxelbridge.core.train.estimate import (
     Estimate,
@@ -51,18 +58,22 @@ from voxelbridge.core.train.estimate import (
     state_size,
 )
 from voxelbridge.core.train.metrics import Meter
+from voxelbridge.core.train.restart import Judgement, RestartRule, RestartWatch, scheme_of
 from voxelbridge.core.train.resume import (
     StopRequest,
     TrainingState,
     load_state,
 )
 from voxelbridge.core.train.run_files import RunFiles, restore
-from voxelbridge.core.train.schedule import due, frozen_parts_at, learning_rate_at
+from voxelbridge.core.train.schedule import Scheme, due
 from voxelbridge.core.train.settings import TrainingSettings
-from voxelbridge.core.train.steps import GRADIENT_NORM, StepResult, train_steps
+from voxelbridge.core.train.steps import GRADIENT_NORM, StepResult, freeze, train_steps
 
 DRY_STEPS = 2  # the first one warms up (memory, cuDNN's search, compiler), the second is measured
 LONG_STEP = 20.0  # seconds; a dry run on a CPU, which warms up little, leaves it at one such step
+
+# The batches of the passes from the first to before the second number. Any: the objective's batch
+MakeBatches = Callable[[int, int], Iterable[Any]]
 
 
 class Training:
@@ -76,13 +87,14 @@ class Training:
         *,
         world: World,
         stop: StopRequest,
-        first_step: int,
-        meter: Meter,
+        averaging: NoAveraging | EMA | WeightAveraging,
+        restart: RestartRule | None,
         files: RunFiles | None,
         dry_run: bool = False,
     ) -> None:
-        self.first_step = first_step
-        self.next_step = first_step
+        self.first_step = 0  # of this process and attempt
+        self.next_step = 0
+        self.attempt = 0  # restarts so far; steps count from the last one
         self.stopped_by: str | None = None  # the signal that ended the training early
         self.is_main = world.is_main
         self._settings = settings
@@ -91,13 +103,29 @@ class Training:
         self._world = world
         self._stop = stop
         self.is_dry_run = dry_run
-        self._end = min(DRY_STEPS, settings.schedule.steps) if dry_run else settings.schedule.steps
-        self._meter = meter
+        self._averaging = averaging
+        self._averager = Averager(averaging, objective, steps=settings.schedule.steps)
+        self._rule = None if dry_run else restart
+        self._watch = RestartWatch(restart) if restart else None
+        self._start = _Start(objective, optimizer) if self._rule else None
+        self._again = False  # the attempt under way has failed
+        self._meter = Meter()
         self._files = files
         self._extra: dict[str, float] = {}
         self._last_line = self._last_save = time.monotonic()
         self._clock = StepClock(world.device)
         self.estimate: Estimate | None = None  # after the steps of a dry run
+
+    @property
+    def scheme(self) -> Scheme:
+        """Schedule and learning rates of the attempt under way."""
+        return scheme_of(
+            self._settings.schedule,
+            lr=self._settings.optim.lr,
+            averaging=self._averaging,
+            restart=self._rule,
+            attempt=self.attempt,
+        )
 
     @property
     def first_pass(self) -> int:
@@ -112,7 +140,33 @@ class Training:
     @property
     def is_finished(self) -> bool:
         """Whether the last step of the schedule is done (never in a dry run)."""
-        return self.next_step == self._settings.schedule.steps and not self.is_dry_run
+        return self.next_step == self.scheme.schedule.steps and not self.is_dry_run
+
+    @property
+    def _end(self) -> int:
+        steps = self.scheme.schedule.steps
+        return min(DRY_STEPS, steps) if self.is_dry_run else steps
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the network has the averaged weights, where weights are averaged.
+
+        Whoever validates or writes the network does it in there.
+        """
+        return self._averager.applied()
+
+    def resume(self, state: TrainingState, run: Path) -> None:
+        """Goes on from `state`; raises what `restore` raises."""
+        restore(state, self._objective, self._optimizer, self._meter, self._world, run)
+        self.first_step = self.next_step = state.step
+        self.attempt = state.attempt
+        if self.attempt:
+            self._averager.restart(steps=self.scheme.schedule.steps)
+        try:
+            self._averager.load_state(state.averaging)
+        except ValueError as error:
+            raise CheckpointError(f"{run}: the saved state does not fit ({error})") from error
+        if self._watch and state.watches:
+            self._watch.load_state(state.watches[self._world.rank])
 
     def log(self, values: Mapping[str, float]) -> None:
         """Adds values (validation: names with `val`) to the record of the step in progress."""
@@ -123,36 +177,54 @@ class Training:
         if self._files:
             self._files.add_picture(name, pixels, self.next_step)
 
-    def steps(self, batches: Iterable[Any]) -> Iterator[StepResult]:  # Any: the objective's batch
-        """Trains on `batches` to the end of the schedule or to a signal; yields after each step."""
-        results = train_steps(
-            self._objective,
-            self._clock.timed(batches),
-            self._optimizer,
-            world=self._world,
-            learning_rate=self._learning_rate,
-            first_step=self.first_step,
-            steps=self._end,
-            precision=self._settings.precision,
-            clip_norm=self._settings.clip_norm,
-            accumulation_steps=self._settings.accumulation_steps,
-            seed=self._settings.seed,
-            frozen_parts=lambda step: frozen_parts_at(self._settings.schedule, step),
-        )
+    def steps(self, batches: Iterable[Any] | MakeBatches) -> Iterator[StepResult]:  # Any: batches
+        """Trains on `batches` to the end of the schedule or to a signal; yields after each step.
+
+        With a restart rule `batches` is a function: an attempt needs its batches from the first on.
+        """
+        if self._rule and not callable(batches):
+            raise ValueError("a restart needs batches from the first on: give a function")
+        results = self._results(batches)
         if self.is_dry_run:
             yield from self._measured(results)
             return
-        start = time.monotonic()
-        for result in self._shown(results):
-            self._meter.add({**result.losses, GRADIENT_NORM: result.gradient_norm})
-            yield result
-            self.next_step = result.step + 1
-            if self._after(result):
+        start, done = time.monotonic(), 0
+        while True:
+            for result in self._shown(results):
+                self._meter.add({**result.losses, GRADIENT_NORM: result.gradient_norm})
+                self._averager.after_steps(result.step + 1)
+                yield result
+                done += 1
+                self.next_step = result.step + 1
+                if self._after(result):
+                    break
+            if not self._again or self.stopped_by:
                 break
-        if self._world.is_main and self.next_step > self.first_step:
+            self._again = False
+            results = self._results(batches)
+        if self._world.is_main and done:
             seconds = time.monotonic() - start
             share = self._clock.waited / max(seconds, 1e-9)
             print(f"waited for batches in {share:.1%} of {seconds:.0f} s", flush=True)
+
+    def _results(self, batches: Iterable[Any] | MakeBatches) -> Iterator[StepResult]:
+        """The steps of this attempt, as `train_steps` gives them."""
+        scheme, settings = self.scheme, self._settings
+        stream = batches(self.first_pass, self.passes) if callable(batches) else batches
+        return train_steps(
+            self._objective,
+            self._clock.timed(stream),
+            self._optimizer,
+            world=self._world,
+            learning_rate=scheme.learning_rate,
+            first_step=self.first_step,
+            steps=self._end,
+            precision=settings.precision,
+            clip_norm=settings.clip_norm,
+            accumulation_steps=settings.accumulation_steps,
+            seed=settings.seed,
+            frozen_parts=scheme.frozen_parts,
+        )
 
     def _measured(self, results: Iterator[StepResult]) -> Iterator[StepResult]:
         """The steps of a dry run; prints what they say about the whole run."""
@@ -173,7 +245,7 @@ class Training:
                 longest_wait,
                 settings.schedule.steps,
                 int(peak),
-                state_size(self._objective, self._optimizer),
+                state_size(self._objective, self._optimizer) + self._averager.nbytes,
                 settings.keep_checkpoints,
             )
             if self._world.any(self._stop.is_set):
@@ -185,30 +257,67 @@ class Training:
             print(self.estimate.describe(), flush=True)
 
     def _after(self, result: StepResult) -> bool:
-        """Logs and saves what is due; true if a signal ends the training here."""
+        """Logs and saves what is due; true if the steps of this attempt end here before their end.
+
+        Either a signal ends the training, or the attempt has failed and the next one is to begin.
+        """
         is_last = self.next_step == self._end
+        self._judge(result)
         if self._extra or is_last or due(self._settings.log_every_steps, result.step):
             result.require_finite()
             self._write_record(result)
+        if self._again:
+            self._begin_again()
         if self._files:
             self._files.states.raise_if_failed()
         stopping, time_is_up = self._world.any_of([self._stop.is_set, self._save_is_overdue()])
         saving = time_is_up or due(self._settings.checkpoint_every_steps, result.step)
-        if stopping or is_last or saving:
+        if stopping or is_last or saving or self._again:
             result.require_finite()
             self._save()
-        if self._files and (stopping or is_last):
-            self._files.states.wait()  # who sees the end may rely on the state
+        if self._files and (stopping or is_last or self._again):
+            self._files.states.wait()  # who sees the end, or a new attempt, may rely on the state
         if stopping and not is_last:
             self.stopped_by = self._stopping_signal()
-        return self.stopped_by is not None
+        return self.stopped_by is not None or self._again
+
+    def _judge(self, result: StepResult) -> None:
+        """Lets the restart rule see the step, and decide whether the attempt has failed."""
+        if self._rule is None or self._watch is None:
+            return
+        self._watch.add(result.step, result.losses["total"], self._extra)
+        if not self._watch.is_due(result.step):
+            return
+        result.require_finite()
+        judgement = self._watch.judge(self._world)
+        failed = judgement is not None and not judgement.sufficient
+        self._again = failed and self.attempt < self._rule.max_restarts
+        if judgement is not None:
+            self._extra["improvement"] = judgement.improvement
+        if self._again:
+            self._extra["restart"] = self.attempt + 1
+        if self._world.is_main:
+            print(_verdict(self._rule, judgement, result.step, self.attempt), flush=True)
+
+    def _begin_again(self) -> None:
+        """The weights of the start, a fresh optimizer, step 0 of the next attempt."""
+        assert self._start is not None
+        assert self._watch is not None
+        self._start.restore(self._objective, self._optimizer)
+        self.attempt += 1
+        self.first_step = self.next_step = 0
+        self._meter.reset()
+        self._watch.restart()
+        self._averager.restart(steps=self.scheme.schedule.steps)
 
     def _write_record(self, result: StepResult) -> None:
         means = self._meter.means(self._world)
         self._meter.reset()
         total = means.pop("total")
         rate = {"learning_rate": result.learning_rate}
-        record = {"step": result.step, "loss": total, **means, **rate, **self._extra}
+        attempt = {"attempt": self.attempt} if self.attempt else {}
+        step = {"step": result.step, **attempt}
+        record = {**step, "loss": total, **means, **rate, **self._extra}
         self._extra = {}
         if self._files:
             self._files.write(record)
@@ -227,10 +336,12 @@ class Training:
     def _save(self) -> None:
         self._last_save = time.monotonic()
         meters = self._world.gather(self._meter.state())
+        watches = self._world.gather(self._watch.state()) if self._watch else []
         if self._files:
             state = TrainingState(
-                self.next_step, self._objective.state_dict(), self._optimizer.state_dict(), meters
-            )
+                self.next_step, self._objective.state_dict(), self._optimizer.state_dict(), meters,
+                self.attempt, self._averager.state(), watches,
+            )  # fmt: skip
             self._files.states.save(state)
 
     def _print(self, record: Mapping[str, float]) -> None:
@@ -239,9 +350,6 @@ class Training:
             self._last_line = time.monotonic()
             values = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "step")
             print(f"step {record['step']}: {values}", flush=True)
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate_at(self._settings.schedule, step, peak=self._settings.optim.lr)
 
     def _shown(self, results: Iterator[StepResult]) -> Iterator[StepResult]:
         total = self._end - self.first_step
@@ -262,6 +370,8 @@ def open_training(
     optimizer: torch.optim.Optimizer,
     facts: Facts,
     arguments: Facts,
+    averaging: NoAveraging | EMA | WeightAveraging = NoAveraging(),  # noqa: B008 - frozen
+    restart: RestartRule | None = None,
     tensorboard: bool = False,
     dry_run: bool = False,
 ) -> Iterator[Training]:
@@ -276,8 +386,8 @@ def open_training(
         if (run / CONFIG_FILE).exists():
             check_same_config(run, settings, kind=kind)
         yield Training(
-            settings, objective, optimizer, world=world, stop=stop, first_step=0, meter=Meter(),
-            files=None, dry_run=True,
+            settings, objective, optimizer, world=world, stop=stop, averaging=averaging,
+            restart=restart, files=None, dry_run=True,
         )  # fmt: skip
         return
     with ExitStack() as stack:
@@ -287,14 +397,14 @@ def open_training(
             files.run.keep("data.json", facts)
             files.run.record_start(device=str(world.device), arguments=arguments)
         world.gather(None)  # the other ranks wait until the directory is checked
-        meter = Meter()
+        training = Training(
+            settings, objective, optimizer, world=world, stop=stop, averaging=averaging,
+            restart=restart, files=files,
+        )  # fmt: skip
         state = load_state(run / "checkpoints")
         if state is not None:
-            restore(state, objective, optimizer, meter, world, run)
-        yield Training(
-            settings, objective, optimizer, world=world, stop=stop,
-            first_step=state.step if state else 0, meter=meter, files=files,
-        )  # fmt: skip
+            training.resume(state, run)
+        yield training
 
 
 def report_stop(training: Training) -> None:
@@ -308,3 +418,44 @@ def report_stop(training: Training) -> None:
         )
     if training.stopped_by == SIGINT.name:
         raise KeyboardInterrupt
+
+
+class _Start:
+    """The network and its optimizer as they were before the first step; the copy is on the CPU."""
+
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._trainable = [p for p in objective.parameters() if p.requires_grad]
+        self._weights = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in objective.state_dict().items()
+        }
+        self._optimizer = copy.deepcopy(optimizer.state_dict())
+
+    def restore(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Puts them back, to the bit; everything trains."""
+        freeze(objective, (), trainable=self._trainable)
+        optimizer.zero_grad(set_to_none=True)
+        objective.load_state_dict(self._weights)
+        optimizer.load_state_dict(copy.deepcopy(self._optimizer))
+
+
+def _verdict(rule: RestartRule, judgement: Judgement | None, step: int, attempt: int) -> str:
+    """What the restart rule says of an attempt, as one line."""
+    start = f"restart rule after step {step}: {rule.metric}"
+    if judgement is None:
+        return f"WARNING: {start} was not recorded twice; the attempt cannot be judged, going on"
+    values = (
+        f"{judgement.first:.4g} -> {judgement.last:.4g}, improvement {judgement.improvement:.3g} "
+        f"of {rule.min_improvement:g} asked for"
+    )
+    if judgement.sufficient:
+        return f"{start} {values}: enough, going on"
+    if attempt < rule.max_restarts:
+        return (
+            f"{start} {values}: RESTART {attempt + 1} of at most {rule.max_restarts} from the "
+            f"initial weights, {rule.warmup_steps:,} steps of warm-up to {rule.lr:g}"
+        )
+    return (
+        f"WARNING: {start} {values}: still too little after {attempt} restarts, the bound; going "
+        "on, but this training has probably failed"
+    )

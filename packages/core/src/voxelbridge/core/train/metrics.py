@@ -73,7 +73,8 @@ def mean_of_meters(states: list[dict[str, Any]]) -> Record:  # Any: as `Meter.st
 class MetricsFile:
     """Appends one JSON object per logged step; a torn last line of a killed run is cut off.
 
-    After a resume a step can occur twice: its last record counts.
+    After a resume a step can occur twice: its last record counts. After a restart the steps begin
+    at 0 again, in records that say which `attempt` they are of.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,14 +128,34 @@ class TensorBoard:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, the last one of each step, in the order of the steps."""
+    """The records of a `metrics.jsonl`, the last one of each step, in the order of the steps.
+
+    Of a run that was restarted, those of the attempt that it was last in (`read_attempts`: all).
+    """
+    attempts = read_attempts(path)
+    return attempts[-1] if attempts else []
+
+
+def read_attempts(path: Path) -> list[list[Record]]:
+    """As `read_metrics` for every attempt of a run, in their order; one where none was restarted.
+
+    An attempt after the one that the last line is of was taken back and is left out.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        return [record for _, record in sorted({r["step"]: r for r in records}.items())]
+        attempts: dict[int, dict[int, Record]] = {}
+        last = 0
+        for record in map(json.loads, lines):
+            last = int(record.get("attempt", 0))
+            attempts.setdefault(last, {})[record["step"]] = record
+        return [
+            [record for _, record in sorted(records.items())]
+            for attempt, records in sorted(attempts.items())
+            if attempt <= last
+        ]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a metrics file ({error})") from error
 
 

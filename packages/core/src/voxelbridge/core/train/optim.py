@@ -43,7 +43,7 @@ Optim = Annotated[SGD | AdamW, Field(discriminator="name")]
 
 
 def build_optimizer(config: SGD | AdamW, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all parameters of `module`, norm layers without decay where asked."""
+    """The optimizer over the parameters of `module` that require gradients now."""
     groups = parameter_groups(
         module, weight_decay=config.weight_decay, decay_norm_layers=config.decay_norm_layers
     )
@@ -66,11 +66,17 @@ def build_optimizer(config: SGD | AdamW, module: nn.Module) -> torch.optim.Optim
 def parameter_groups(
     module: nn.Module, *, weight_decay: float, decay_norm_layers: bool
 ) -> list[dict[str, list[nn.Parameter] | float]]:
-    """Parameter groups for an optimizer; every parameter is in exactly one of them."""
+    """Parameter groups for an optimizer, norm layers without decay where asked.
+
+    Every parameter that requires a gradient is in exactly one of them, the others in none.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
     norms = [layer for layer in module.modules() if isinstance(layer, NORM_LAYERS)]
-    undecayed = [] if decay_norm_layers else [p for norm in norms for p in norm.parameters(False)]
+    undecayed = []
+    if not decay_norm_layers:
+        undecayed = [p for norm in norms for p in norm.parameters(False) if p.requires_grad]
     known = {id(parameter) for parameter in undecayed}
-    decayed = [p for p in module.parameters() if id(p) not in known]
+    decayed = [p for p in trainable if id(p) not in known]
     groups: list[dict[str, list[nn.Parameter] | float]] = [
         {"params": decayed, "weight_decay": weight_decay}
     ]

@@ -1,11 +1,11 @@
 """Training state on disk, and signals that ask for it.
 
-Layout: RUN/checkpoints/state-STEP.pt (what torch.save writes) and RUN/checkpoints/state.json
-(`schema`, `step`, `file`, `sha256`, and the same of the `older` states that are kept, newest
-first). state.json is replaced last and names the files that count, so a process killed at any
-moment leaves the previous state or the new one. The hash is verified before anything is read. A
-damaged newest state is an error that names the older one; whoever deletes the damaged file goes on
-from that one.
+Layout: RUN/checkpoints/state-STEP.pt (what torch.save writes; state-STEP-restart-N.pt after the
+N-th restart) and RUN/checkpoints/state.json (`schema`, `step`, `file`, `sha256`, `attempt`, and the
+same of the `older` states that are kept, newest first). state.json is replaced last and names the
+files that count, so a process killed at any moment leaves the previous state or the new one. The
+hash is verified before anything is read. A damaged newest state is an error that names the older
+one; whoever deletes the damaged file goes on from that one.
 
 Signals: SIGTERM and SIGUSR1 end the training after the step in progress, with the state saved and
 exit status 0 (a batch system's notice that time is up; the same command goes on). The first Ctrl-C
@@ -18,7 +18,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -47,6 +47,9 @@ class TrainingState:
     model: dict[str, Any]  # Any: state_dict of the objective, its heads included
     optimizer: dict[str, Any]  # Any: the optimizer's state_dict
     meters: list[dict[str, Any]]  # Any: `Meter.state()` of every rank
+    attempt: int = 0  # restarts so far; `step` counts from the last one
+    averaging: dict[str, Any] = field(default_factory=dict)  # Any: `Averager.state()`
+    watches: list[dict[str, Any]] = field(default_factory=list)  # Any: `RestartWatch.state()`s
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class StoredState:
     step: int
     file: str
     sha256: str
+    attempt: int = 0  # `TrainingState.attempt`
 
 
 def save_state(folder: Path, state: TrainingState, *, keep: int = 1) -> None:
@@ -64,7 +68,9 @@ def save_state(folder: Path, state: TrainingState, *, keep: int = 1) -> None:
     What was there before stays valid until the new state is complete.
     """
     older = stored_states(folder)
-    target = folder / f"state-{state.step:08d}.pt"
+    # Each attempt has its names: a state that counts is never written over by another one.
+    restarted = f"-restart-{state.attempt}" if state.attempt else ""
+    target = folder / f"state-{state.step:08d}{restarted}.pt"
     with atomic_write(target) as temporary:
         try:
             torch.save(vars(state), temporary)
@@ -72,8 +78,9 @@ def save_state(folder: Path, state: TrainingState, *, keep: int = 1) -> None:
             reason = str(error).splitlines()[0]
             raise DataError(f"{target}: cannot be written, is the disk full? ({reason})") from error
         digest = sha256_of(temporary)
-    newest = StoredState(state.step, target.name, digest)
-    kept = [s for s in older if s.step < state.step and (folder / s.file).exists()]
+    newest = StoredState(state.step, target.name, digest, state.attempt)
+    now = (state.attempt, state.step)
+    kept = [s for s in older if (s.attempt, s.step) < now and (folder / s.file).exists()]
     older = kept[: keep - 1]
     pointer = {"schema": STATE_SCHEMA, **asdict(newest), "older": [asdict(s) for s in older]}
     write_json(folder / POINTER, pointer)
@@ -170,7 +177,7 @@ def _read_pointer(path: Path) -> list[StoredState]:
         raise CheckpointError(f"{path}: schema {schema}, this version reads {STATE_SCHEMA}")
     try:
         states = [
-            StoredState(entry["step"], entry["file"], entry["sha256"])
+            StoredState(entry["step"], entry["file"], entry["sha256"], entry.get("attempt", 0))
             for entry in (pointer, *pointer["older"])
         ]
         inside = all(Path(state.file).name == state.file for state in states)

@@ -86,6 +86,8 @@ def restore(
     meter.load_state(state.meters[world.rank])
     if world.is_main:
         newest = stored_states(run / "checkpoints")[0]
-        if newest.step != state.step:
+        if (newest.attempt, newest.step) != (state.attempt, state.step):
             print(f"{run}: {newest.file} is missing; an older state is taken")
-        print(f"resuming {run} after step {state.step - 1}")
+        restarted = f" of restart {state.attempt}" if state.attempt else ""
+        where = f"after step {state.step - 1}" if state.step else "at the begin"
+        print(f"resuming {run} {where}{restarted}")

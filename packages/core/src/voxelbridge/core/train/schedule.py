@@ -1,5 +1,6 @@
 """Learning rate and frozen parts as pure functions of the step."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator
@@ -50,8 +51,45 @@ class PolySchedule(Config):
         return value
 
 
-def learning_rate_at(schedule: PolySchedule, step: int, *, peak: float) -> float:
+@dataclass(frozen=True)
+class Tail:
+    """The last `steps` steps of a run, which leave the schedule: weights are averaged there.
+
+    The decay ends where the tail begins. In it the rate climbs in `every_steps` steps from `low`
+    towards `high`, then starts again at `low`.
+    """
+
+    steps: int
+    every_steps: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What one attempt of a run follows, from its step 0 to `schedule.steps`."""
+
+    schedule: PolySchedule
+    peak: float  # learning rate at the end of the warm-up
+    tail: Tail | None = None
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step`."""
+        return learning_rate_at(self.schedule, step, peak=self.peak, tail=self.tail)
+
+    def frozen_parts(self, step: int) -> tuple[str, ...]:
+        """Names of the parts that do not train at `step`."""
+        return frozen_parts_at(self.schedule, step)
+
+
+def learning_rate_at(
+    schedule: PolySchedule, step: int, *, peak: float, tail: Tail | None = None
+) -> float:
     """Learning rate of optimizer step `step` (from 0); `peak` is the optimizer's own `lr`."""
+    decay_end = schedule.steps - (tail.steps if tail else 0)
+    if tail and step >= decay_end:
+        share = (step - decay_end) % tail.every_steps / tail.every_steps
+        return tail.low + (tail.high - tail.low) * share
     frozen = schedule.frozen.steps if schedule.frozen else 0
     if step < frozen:
         return _ramp(step, frozen, peak)
@@ -59,7 +97,7 @@ def learning_rate_at(schedule: PolySchedule, step: int, *, peak: float) -> float
     if step < schedule.warmup_steps:
         return _ramp(step, schedule.warmup_steps, peak)
     step -= schedule.warmup_steps
-    decay_steps = schedule.steps - frozen - schedule.warmup_steps
+    decay_steps = decay_end - frozen - schedule.warmup_steps
     return peak * (1 - step / decay_steps) ** schedule.power
 
 
