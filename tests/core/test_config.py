@@ -34,6 +34,7 @@ class Example(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     clip: float | None = 12.0
     schedule: Annotated[Poly | Constant, Field(discriminator="name")]
+    shares: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
 
 TOML = 'patch_size = [8, 8, 8]\n[schedule]\nname = "poly"\nsteps = 10\n'
@@ -144,3 +145,69 @@ def test_differing_keys_name_both_values(preset: Path) -> None:
 def test_an_unknown_preset_lists_the_shipped_ones() -> None:
     with pytest.raises(ConfigError, match="neither a shipped preset nor"):
         preset_path("voxelbridge.core", "nothing_like_it")
+
+
+def _beside(preset: Path, name: str, text: str) -> Path:
+    path = preset.with_name(name)
+    path.write_text(text)
+    return path
+
+
+def test_a_preset_states_only_what_differs_from_the_one_it_extends(preset: Path) -> None:
+    middle = _beside(preset, "middle.toml", 'extends = "example"\ntag = "m"\nclip = "none"\n')
+    last = _beside(preset, "last.toml", 'extends = "middle.toml"\n[schedule]\npower = 0.5\n')
+    resolved = load_config(Example, last, ["tag=t"])
+    assert resolved.config.schedule == Poly(steps=10, power=0.5)
+    assert resolved.config.patch_size == (8, 8, 8)
+    assert resolved.config.clip is None
+    assert resolved.origins == {
+        "tag": "--set", "patch_size": "example.toml", "precision": "default",
+        "clip": "middle.toml", "schedule.name": "example.toml", "schedule.steps": "example.toml",
+        "schedule.power": "preset", "shares": "default",
+    }  # fmt: skip
+    assert "patch_size     = [8, 8, 8]  (example.toml)" in resolved.describe()
+    written = _beside(preset, "config.json", json.dumps(resolved.config.model_dump(mode="json")))
+    again = _beside(preset, "again.toml", f'extends = "{written.name}"\n')
+    assert load_config(Example, again).config == resolved.config
+    assert load_config(Example, middle).config.tag == "m"
+
+
+def test_another_variant_takes_the_place_of_the_extended_one(preset: Path) -> None:
+    poly = _beside(preset, "poly.toml", 'extends = "example"\n[schedule]\npower = 0.5\n')
+    text = 'extends = "poly"\n[schedule]\nname = "constant"\nsteps = 3\n'
+    resolved = load_config(Example, _beside(poly, "other.toml", text))
+    assert resolved.config.schedule == Constant(steps=3)
+    _beside(poly, "other.toml", text.replace("steps = 3", ""))
+    assert "schedule.steps: missing" in _error(poly.with_name("other.toml"))
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("own", "own.toml: extends runs in a circle: own.toml -> own.toml"),
+        ("b.toml", "own.toml: extends runs in a circle: own.toml -> b.toml -> own.toml"),
+        ("absent", "own.toml: extends = absent: neither a shipped preset nor a .toml file"),
+        ("", "extends: got ''"),
+    ],
+)
+def test_a_base_that_cannot_be_extended_is_one_line(preset: Path, base: str, expected: str) -> None:
+    _beside(preset, "b.toml", 'extends = "own"\n')
+    assert expected in _error(_beside(preset, "own.toml", f'extends = "{base}"\n'))
+
+
+@pytest.mark.parametrize(
+    "override", ["shares.organs=4.0", "shares.organs=4", 'shares={"organs": 4.0}']
+)
+def test_a_table_of_free_keys_is_set_whole_or_by_key(preset: Path, override: str) -> None:
+    assert load_config(Example, preset, [override]).config.shares == {"organs": 4.0}
+
+
+def test_keys_of_a_table_are_added_to_those_of_the_preset(preset: Path) -> None:
+    preset.write_text(TOML + "[shares]\nlungs = 1.0\norgans = 2.0\n")
+    resolved = load_config(Example, preset, ["shares.organs=4.5", "shares.Set_7-x=0"])
+    assert resolved.config.shares == {"lungs": 1.0, "organs": 4.5, "Set_7-x": 0.0}
+    assert resolved.origins["shares.organs"] == "--set"
+    assert resolved.origins["shares.lungs"] == "preset"
+    assert 'shares.organs: got "many"' in _error(preset, "shares.organs=many")
+    assert "shares.organs: got -1" in _error(preset, "shares.organs=-1")
+    assert "shares.organs.x" in _error(preset, "shares.organs.x=1")

@@ -141,6 +141,18 @@ def test_several_stems_need_a_name(policy: str) -> None:
         transfer_encoder(several_stems({"4": 1, "40": 1}), ramp_encoder(1), stem=policy)
 
 
+def test_the_one_stem_that_fits_is_taken_where_none_is_the_default() -> None:
+    several = several_stems({"4": 1, "40": 3, "41": 2})
+    three, five = ramp_encoder(3), ramp_encoder(5)
+    assert transfer_encoder(several, three).stem == "checkpoint: 40 (3 channels)"
+    assert three.stem.conv.weight.eq(40).all()
+    report = transfer_encoder(several, five, stem="replicate")
+    assert report.stem == "replicate: 4, 1 -> 5 channels, divided by their number"
+    torch.testing.assert_close(five.stem.conv.weight.sum(dim=1), torch.full((2, 3, 3, 3), 4.0))
+    with pytest.raises(CheckpointError, match="several stems, name one of them"):
+        transfer_encoder(several, ramp_encoder(5))
+
+
 def test_a_named_stem_of_other_channels_points_to_those_that_fit() -> None:
     with pytest.raises(CheckpointError, match=r"or one of the stems with its channels: 41$"):
         transfer_encoder(several_stems({"40": 1, "41": 4}), ramp_encoder(4), stem="40")

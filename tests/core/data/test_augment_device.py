@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from voxelbridge.core.data.augment import SpatialAugmentation, SpatialParams, rotation_matrix
-from voxelbridge.core.data.augment_device import SourceBoxes, apply_image_on, apply_images_on
+from voxelbridge.core.data.augment_device import (
+    SourceBoxes,
+    apply_image_on,
+    apply_images_on,
+    apply_labels_on,
+    label_extents,
+)
+from voxelbridge.core.data.foreground import boxes_from_instances
 
 PATCH = (9, 16, 12)
 MATRICES = {
@@ -67,6 +74,49 @@ def test_mirroring_alone_copies_every_voxel(
     source = source_of(params)
     found = apply_image_on(torch.from_numpy(source), params)
     assert np.array_equal(found.numpy(), params.apply_image(source))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    patch=patches,
+    matrix=st.one_of(
+        st.none(),
+        scales.map(np.diag),
+        st.sampled_from([0.0, 90.0, 180.0, 270.0]).map(lambda a: rotation_matrix([0.0, a, 0.0])),
+        st.builds(lambda angle, scale: rotation_matrix(angle) * scale, angles, scales),
+    ),
+    mirrored=flips,
+    seed=st.integers(0, 9),
+)
+def test_labels_are_those_of_the_loader_in_every_voxel(
+    patch: tuple[int, int, int],
+    matrix: NDArray[np.float64] | None,
+    mirrored: tuple[bool, bool, bool],
+    seed: int,
+) -> None:
+    params = SpatialParams.build(patch, matrix, mirrored=mirrored)
+    _, size = params.source_box((0, 0, 0))
+    source = np.random.default_rng(seed).integers(0, 70_000, size).astype(np.int32)
+    found = apply_labels_on(torch.from_numpy(source), params)
+    assert found.dtype == torch.int32
+    np.testing.assert_array_equal(found.numpy(), params.apply_labels(source))
+
+
+@settings(deadline=None, max_examples=30)
+@given(shape=patches, count=st.integers(0, 6), density=st.floats(0, 1), seed=st.integers(0, 99))
+def test_extents_are_the_boxes_of_the_labels(
+    shape: tuple[int, int, int], count: int, density: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(-1, 9, shape) * (rng.random(shape) < density)  # some beyond the count
+    ids, boxes = boxes_from_instances(labels)
+    extents = label_extents(torch.from_numpy(labels), count=count).numpy()
+    assert extents.shape == (count, 6)
+    asked = ids <= count
+    np.testing.assert_array_equal(1 + np.flatnonzero(extents[:, 0] >= 0), ids[asked])
+    np.testing.assert_array_equal(extents[ids[asked] - 1], boxes[asked])
+    absent = np.setdiff1d(np.arange(1, count + 1), ids)
+    assert (extents[absent - 1] == -1).all()
 
 
 def test_axes_are_z_y_x() -> None:

@@ -219,6 +219,74 @@ def test_draws_have_the_stated_probabilities_and_ranges(
     assert (gamma < 1).mean() == pytest.approx(0.5, abs=0.02)  # not the share of the range below 1
 
 
+def test_nndetections_list_has_its_probabilities_and_blurs_evenly() -> None:
+    drawn = IntensityAugmentation.nndetection().sample_batch(np.random.default_rng(0), 20_000, 2)
+    changed = drawn.to_array() != IntensityParams.identity(20_000, 2).to_array()
+    noise, _, blur, _, _, brightness, contrast, zoom, _, _, inverted, gamma = changed.mean((0, 1))
+    found = [noise, blur, brightness, contrast, zoom, inverted, gamma]
+    np.testing.assert_allclose(found, [0.1, 0.1, 0.15, 0.15, 0.0, 0.1, 0.3], atol=0.01)
+    both = changed.any(axis=1).mean(axis=0)  # blur: of a channel, the others: of the image
+    assert both[2] == pytest.approx(0.2 * 0.75, abs=0.01)
+    np.testing.assert_allclose(both[[0, 5, 6, 10, 11]], [0.1, 0.15, 0.15, 0.1, 0.3], atol=0.01)
+    sigma = drawn.blur_sigma[drawn.blur_sigma[..., 0] > 0]
+    assert (sigma == sigma[:, :1]).all()
+    assert 0.5 <= sigma.min() < 0.51
+    assert 0.99 < sigma.max() <= 1.0
+    more = IntensityAugmentation.nndetection_more()
+    assert (more.low_resolution_probability, more.low_resolution_zoom) == (0.25, (0.5, 1.0))
+
+
+def test_only_no_augmentation_changes_nothing() -> None:
+    assert IntensityAugmentation.none().changes_nothing
+    assert not IntensityAugmentation.nndetection().changes_nothing
+    never = IntensityAugmentation.none().model_copy(
+        update={"blur_probability": 1.0, "blur_channel_probability": 0.0}
+    )
+    assert never.changes_nothing
+
+
+@pytest.mark.parametrize(
+    ("params", "name", "settings_of_peer"),
+    [
+        (only(brightness=[1.2]), "brightness_multiplicative", {"multiplier_range": (1.2, 1.2)}),
+        (only(contrast=[0.8]), "contrast", {"contrast_range": lambda: 0.8}),
+        (only(contrast=[1.25]), "contrast", {"contrast_range": lambda: 1.25}),
+        (only(gamma=[1.4]), "gamma", {"gamma_range": (1.4, 1.4), "retain_stats": True}),
+        (
+            only(inverted_gamma=[1.4]),
+            "gamma",
+            {"gamma_range": (1.4, 1.4), "retain_stats": True, "invert_image": True},
+        ),
+    ],
+    ids=["brightness", "contrast below 1", "contrast above 1", "gamma", "inverted gamma"],
+)
+def test_transforms_give_the_values_of_batchgenerators(
+    params: IntensityParams, name: str, settings_of_peer: dict[str, object]
+) -> None:
+    peer = pytest.importorskip("batchgenerators.augmentations.color_augmentations")
+    image = image_of(11, 1, *SHAPE)
+    expected = getattr(peer, f"augment_{name}")(
+        image.astype(np.float64), per_channel=True, **settings_of_peer
+    )
+    np.testing.assert_allclose(applied(params, image), expected, rtol=0, atol=3e-6)
+
+
+def test_noise_and_blur_are_those_of_batchgenerators() -> None:
+    peer = pytest.importorskip("batchgenerators.augmentations.noise_augmentations")
+    image = image_of(12, 1, 20, 20, 20)
+    expected = peer.augment_gaussian_blur(image.astype(np.float64), (0.9, 0.9))
+    inside = (0, *[slice(4, -4)] * 3)  # at the border there the image is mirrored
+    found = applied(only(blur_sigma=[[0.9] * 3]), image)
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=0, atol=1e-6)
+    assert np.abs(found - expected).max() < 0.5
+    # "noise_variance" there is used as the deviation
+    theirs = peer.augment_gaussian_noise(np.zeros((1, 40, 40, 40)), noise_variance=(0.08, 0.08))
+    ours = applied(only(noise_std=[0.08], noise_seed=[3]), np.zeros((1, 40, 40, 40), np.float32))
+    for noise in (theirs, ours):
+        assert noise.std() == pytest.approx(0.08, rel=0.02)
+        assert abs(noise.mean()) < 2e-3
+
+
 def test_only_the_named_axes_lose_resolution() -> None:
     flat = ALWAYS.model_copy(update={"low_resolution_axes": (1, 2)})
     zoom = flat.sample(np.random.default_rng(0), 4).zoom

@@ -63,6 +63,20 @@ def test_dead_and_failing_cases_leave_the_others_alone() -> None:
     assert "ended with status 3" in str(errors["exits"])
 
 
+def test_the_next_case_runs_while_the_caller_works_on_this_one(tmp_path: Path) -> None:
+    def begin(item: str) -> str:
+        (tmp_path / item).touch()
+        return item
+
+    begun = []
+    for _ in map_cases(begin, ["a", "b", "c"], workers=1, description="cases"):
+        end = time.monotonic() + 20
+        while len(list(tmp_path.iterdir())) < min(len(begun) + 2, 3) and time.monotonic() < end:
+            time.sleep(0.01)
+        begun.append(sorted(path.name for path in tmp_path.iterdir()))
+    assert begun == [["a", "b"], ["a", "b", "c"], ["a", "b", "c"]]
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_order_and_results_do_not_depend_on_the_workers(workers: int) -> None:
     items = ["slow", "a", "bad", "bb"]

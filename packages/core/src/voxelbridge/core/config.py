@@ -1,5 +1,9 @@
 """Configurations: frozen pydantic models filled from a TOML preset and `--set key=value`.
 
+A preset may begin with `extends = "resenc_retunet"`, the name of a shipped preset of the model's
+package or a file relative to its own folder: it then states only what differs. Tables are merged
+key by key; one that names another variant takes the place of the base's.
+
 A choice between variants is a union of models told apart by a `name` field
 (`Field(discriminator="name")`; in a checkpoint by `kind`). Values are checked strictly: no text
 becomes a number, no number becomes text, unknown keys are errors that suggest the nearest known
@@ -32,12 +36,24 @@ class Config(BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+EXTENDS = "extends"
+_NONE = ("null", "none")  # what stands for None on the command line and, as text, in a TOML file
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one file of a chain of `extends` states itself."""
+
+    source: Path
+    tree: Tree
+
 
 @dataclass(frozen=True)
 class Resolved(Generic[C]):
     """A validated config and where each of its values came from.
 
-    `origins` maps each dotted key to "default", "preset" or "--set".
+    `origins` maps each dotted key to "default", "preset", the file name of a preset that the
+    preset extends, or "--set".
     """
 
     config: C
@@ -61,8 +77,7 @@ def load_config(model: type[C], source: Path, overrides: Sequence[str] = ()) -> 
     text stays text (`tag=007`) and everything else is written as in JSON (`patch_size=[8,8,8]`).
     Raises ConfigError naming the file, the dotted key, what was got and what is legal.
     """
-    tree = _read_tree(source)
-    from_file = set(flatten(tree))
+    tree, stated = _merged(model, read_layers(model, source))
     overridden: set[str] = set()
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -72,7 +87,7 @@ def load_config(model: type[C], source: Path, overrides: Sequence[str] = ()) -> 
         overridden |= {key}
     config = validate(model, tree, where=str(source))
     origins = {
-        key: "--set" if _covered(key, overridden) else "preset" if key in from_file else "default"
+        key: "--set" if _covered(key, overridden) else stated.get(key, "default")
         for key in flatten(config.model_dump(mode="json"))
     }
     return Resolved(config, origins)
@@ -93,19 +108,41 @@ def validate(model: type[C], tree: Tree, *, where: str) -> C:
 
 def preset_path(package: str, name_or_path: str) -> Path:
     """The TOML file of a preset shipped in `package`/presets, or the file that a path names."""
-    folder = Path(str(resources.files(package) / "presets"))
-    shipped = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    shipped = _shipped(package)
     if name_or_path in shipped:
         return shipped[name_or_path]
     path = Path(name_or_path)
     if path.suffix in (".toml", ".json") and path.is_file():
         return path
-    near = difflib.get_close_matches(name_or_path, shipped, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(
         f"preset {name_or_path}: neither a shipped preset nor a .toml file; "
-        f"shipped are {', '.join(shipped)}{hint}"
+        f"{_shipped_list(name_or_path, shipped)}"
     )
+
+
+def read_layers(model: type[Config], source: Path) -> list[Layer]:
+    """What `source` states, then what the file states that it extends, and so on.
+
+    ConfigError for a file that cannot be read, a base that is not there and a circle.
+    """
+    layers: list[Layer] = []
+    seen: list[Path] = []
+    path: Path | None = source
+    while path is not None:
+        if path.resolve() in seen:
+            chain = " -> ".join(layer.source.name for layer in layers)
+            raise ConfigError(f"{source}: {EXTENDS} runs in a circle: {chain} -> {path.name}")
+        seen.append(path.resolve())
+        tree = _read_tree(path)
+        base = tree.pop(EXTENDS, None) if path.suffix != ".json" else None
+        layers.append(Layer(path, tree))
+        path = None if base is None else _base_path(model, path, base)
+    return layers
+
+
+def merged_settings(model: type[Config], source: Path) -> Tree:
+    """What `source` states together with what it extends, not yet checked."""
+    return _merged(model, read_layers(model, source))[0]
 
 
 def config_hash(config: Config) -> str:
@@ -147,6 +184,77 @@ def _read_tree(source: Path) -> Tree:
     return tree
 
 
+def _shipped(package: str) -> dict[str, Path]:
+    try:
+        folder = Path(str(resources.files(package) / "presets"))
+    except (ModuleNotFoundError, ValueError):  # a model of a script or a notebook
+        return {}
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def _shipped_list(name: str, shipped: Mapping[str, Path]) -> str:
+    near = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"shipped are {', '.join(shipped) or 'none'}{hint}"
+
+
+def _base_path(model: type[Config], source: Path, base: object) -> Path:
+    """The file that `extends = base` in `source` means."""
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"{source}: {EXTENDS}: got {base!r}, expected the name of a preset or a file"
+        )
+    shipped = _shipped(model.__module__.rpartition(".")[0])
+    if base in shipped:
+        return shipped[base]
+    for path in (source.parent / base, source.parent / f"{base}.toml"):
+        if path.suffix in (".toml", ".json") and path.is_file():
+            return path
+    raise ConfigError(
+        f"{source}: {EXTENDS} = {base}: neither a shipped preset nor a .toml file relative to "
+        f"{source.parent}; {_shipped_list(base, shipped)}"
+    )
+
+
+def _merged(model: type[Config], layers: Sequence[Layer]) -> tuple[Tree, dict[str, str]]:
+    """All layers as one tree, and the origin of each dotted key in it."""
+    tree: Tree = {}
+    origins: dict[str, str] = {}
+    for layer in reversed(layers):
+        tree = _extended(model, tree, layer.tree)
+        own = flatten(layer.tree)
+        name = "preset" if layer is layers[0] else layer.source.name
+        origins = {key: name if key in own else origins.get(key, name) for key in flatten(tree)}
+    return tree, origins
+
+
+def _extended(model: type[Config] | None, base: Tree, own: Tree) -> Tree:
+    """`base` with the values of `own`; tables of the same variant are merged."""
+    merged = dict(base)
+    for key, value in own.items():
+        field = model.model_fields.get(key) if model else None
+        annotation = field.annotation if field else None
+        if isinstance(value, dict):
+            default = field.get_default(call_default_factory=False) if field else None
+            before = base.get(key)
+            kept: Tree = before if isinstance(before, dict) else {}
+            chosen = _chosen_model(annotation, value, default)
+            if not (value.keys() & {"name", "kind"}):
+                chosen = _chosen_model(annotation, kept, default)
+            elif chosen is not _chosen_model(annotation, kept, default):
+                kept = {}
+            merged[key] = _extended(chosen, kept, value)
+        elif value in _NONE and annotation and _means_none(TypeAdapter(annotation), value):
+            merged[key] = None
+        else:
+            merged[key] = value
+    return merged
+
+
+def _means_none(adapter: TypeAdapter[Any], text: str) -> bool:
+    return _accepts(adapter, None) and not _accepts(adapter, text)
+
+
 def _assign(tree: Tree, key: str, value: object) -> None:
     *parents, last = key.split(".")
     node = tree
@@ -163,7 +271,7 @@ def _read_value(model: type[Config], tree: Tree, key: str, text: str) -> object:
     if annotation is None:
         raise ConfigError(f"--set {key}: no such setting{_suggestion(key, known, parent)}")
     adapter = TypeAdapter(annotation)
-    if text in ("null", "none") and _accepts(adapter, None):
+    if text in _NONE and _accepts(adapter, None):
         return None
     if _accepts(adapter, text):
         return text
@@ -198,7 +306,13 @@ def _locate(
     path: list[str] = []
     for part in parts:
         if current is None:
-            return None, [], ".".join(path)
+            inner = _values_of(annotation)
+            if inner is None:
+                return None, [], ".".join(path)
+            annotation, value = inner, tree.get(part) if isinstance(tree, dict) else None
+            current, tree = _chosen_model(annotation, value, None), value
+            path.append(part)
+            continue
         field = current.model_fields.get(part)
         if field is None:
             return None, list(current.model_fields), ".".join(path)
@@ -230,6 +344,15 @@ def _models(annotation: object) -> list[type[Config]]:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return []
+
+
+def _values_of(annotation: object) -> object | None:
+    """The type of the values where `annotation` is a table with keys of the user's choice."""
+    if get_origin(annotation) is Annotated:
+        return _values_of(get_args(annotation)[0])
+    if get_origin(annotation) in (dict, Mapping):
+        return get_args(annotation)[1]
+    return None
 
 
 def _names(model: type[Config]) -> tuple[object, ...]:

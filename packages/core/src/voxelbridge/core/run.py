@@ -2,7 +2,7 @@
 
     config.json       resolved config, with `schema` and `kind`
     data.json         facts of the data that must not change between starts
-    environment.json  versions, device and arguments of every start
+    environment.json  versions, commit of the code, device and arguments of every start
     metrics.jsonl     one object per logged step
     checkpoints/      training state and the finished checkpoint
 
@@ -11,9 +11,11 @@ lists the differing keys. One process owns the directory at a time.
 """
 
 import fcntl
+import json
 import os
 import platform
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -29,7 +31,12 @@ ENVIRONMENT_SCHEMA = 1
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 LOCK_FILE = ".lock"
-_VERSIONS_OF = ("voxelbridge-core", "torch", "numpy", "safetensors", "pydantic", "blosc2")
+_VERSIONS_OF = (
+    "voxelbridge-core", "voxelbridge-pretrain-ssl", "voxelbridge-pretrain-sup",
+    "voxelbridge-detect", "torch", "numpy", "scipy", "SimpleITK", "blosc2", "safetensors",
+    "pydantic",
+)  # fmt: skip
+_GIT_SECONDS = 10.0  # a repository on a disk that hangs must not hang a training
 
 C = TypeVar("C", bound=Config)
 Facts = Mapping[str, Any]  # Any: JSON values
@@ -138,7 +145,11 @@ def check_same_config(path: Path, config: Config, *, kind: str) -> None:
 
 
 def environment() -> dict[str, Any]:  # Any: JSON values
-    """Versions and machine of this process."""
+    """Versions and machine of this process; a package that is not installed has version null.
+
+    `code` is the commit of the code that runs, `COMMIT-dirty` where files of it were changed since;
+    null where it was not installed from a repository.
+    """
     import torch
 
     versions = {name: _version(name) for name in _VERSIONS_OF}
@@ -147,6 +158,7 @@ def environment() -> dict[str, Any]:  # Any: JSON values
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
+        "code": code_version(Path(__file__).parent),
         "gpus": gpus,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -191,6 +203,30 @@ def _take_lock(path: Path) -> int:
             ) from None
         raise DataError(f"{path / LOCK_FILE}: cannot be locked ({error.strerror})") from error
     return descriptor
+
+
+def code_version(folder: Path) -> str | None:
+    """The commit of the repository that tracks `folder`, else that which pip installed from."""
+    if _git(folder, "ls-files", "--error-unmatch", ".") is not None:  # else somebody's own one
+        return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        origin = metadata.distribution("voxelbridge-core").read_text("direct_url.json")
+        commit = json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        return None
+    return commit if isinstance(commit, str) else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints there; None where it fails or is not installed."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True, text=True, check=False, timeout=_GIT_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _version(distribution: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,13 +10,24 @@ from numpy.typing import NDArray
 Triple = tuple[int, int, int]
 
 
+class Sliceable(Protocol):
+    """A normalised volume (C, D, H, W) that is read window by window: an array, a memory map."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...  # Any: tuples of slices -> arrays
+
+
 def tile_starts(size: int, patch: int, *, overlap: float = 0.5) -> list[int]:
     """First voxels of the windows along one axis, increasing, without repeats.
 
     nnDetection's symmetric grid: windows step by patch minus overlap, centred on the axis; those
     that stick out are moved inside. An axis shorter than the patch gets one window at 0, which the
-    caller pads.
+    caller pads. `overlap` is a part of the patch, below 1.
     """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap: got {overlap}, expected 0 or more and below 1")
     if size <= patch:
         return [0]
     step = patch - int(patch * overlap)
@@ -46,7 +58,7 @@ def padded_tiles(shape: Sequence[int], patch: Triple, *, overlap: float = 0.5) -
         yield a + z, b + y, c + x
 
 
-def read_window(image: NDArray[np.float32], start: Triple, size: Triple) -> NDArray[np.float32]:
+def read_window(image: Sliceable, start: Triple, size: Triple) -> NDArray[np.float32]:
     """The window (C, *size) of (C, D, H, W) at `start`, 0 outside (the mean after z-scoring)."""
     inside = tuple(
         slice(max(begin, 0), max(begin + edge, 0)) for begin, edge in zip(start, size, strict=True)

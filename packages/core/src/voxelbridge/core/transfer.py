@@ -88,10 +88,11 @@ def transfer_encoder(
 ) -> TransferReport:
     """Copies the encoder weights of `checkpoint` into `encoder` and reports on every tensor.
 
-    `stem`: "checkpoint" takes the default stem or the only one, which must have the encoder's
-    channels; a name takes that one of several stems; "replicate" repeats a one-channel weight (of
-    the stem that "checkpoint" would take) over all input channels, divided by their number;
-    "random" leaves the encoder's stem as it is.
+    `stem`: "checkpoint" takes the default stem, or the only one, or the only one with the encoder's
+    channels, which it must have in any case; a name takes that one of several stems; "replicate"
+    repeats a one-channel weight (of the default stem, or the only one, or the only one of one
+    channel) over all input channels, divided by their number; "random" leaves the encoder's stem as
+    it is.
     `allow` holds names of tensors, or their beginnings up to a dot ("stages.5"), that may stay at
     init, be unused or differ in shape, and "strides" if the strides may differ. Every other
     difference is a CheckpointError with both shapes, and then nothing has been copied.
@@ -121,6 +122,21 @@ def transfer_encoder(
         unused=tuple(name for name in checkpoint.tensors if name not in copied.used),
         shape_mismatched=copied.mismatched,
     )
+
+
+def chosen_stem(checkpoint: Checkpoint, policy: str, *, in_channels: int) -> str | None:
+    """The stem whose weights `transfer_encoder` takes into an encoder of so many channels.
+
+    None for the policy "random". CheckpointError, which lists the stems, where it cannot be told.
+    """
+    match policy:
+        case "random":
+            return None
+        case "checkpoint" | "replicate":
+            channels = in_channels if policy == "checkpoint" else 1
+            return _only_stem_with(checkpoint, channels) or _unnamed_stem(checkpoint)
+        case _:
+            return _known_stem(checkpoint, policy)
 
 
 def transfer_decoder(
@@ -207,13 +223,9 @@ def _copy(
 
 
 def _stem_sources(checkpoint: Checkpoint, encoder: Encoder, policy: str) -> dict[str, _Source]:
-    if policy == "random":
+    name = chosen_stem(checkpoint, policy, in_channels=encoder.in_channels)
+    if name is None:
         return {}
-    name = (
-        _unnamed_stem(checkpoint)
-        if policy in ("checkpoint", "replicate")
-        else _known_stem(checkpoint, policy)
-    )
     channels = checkpoint.metadata.stems[name].channels
     prefix = checkpoint.stem_prefix(name)
     sources = {
@@ -238,6 +250,14 @@ def _stem_sources(checkpoint: Checkpoint, encoder: Encoder, policy: str) -> dict
             f"{_stems_with(checkpoint, encoder.in_channels)}"
         )
     return sources
+
+
+def _only_stem_with(checkpoint: Checkpoint, channels: int) -> str | None:
+    """Where no stem is the default: the one that has `channels`, if there is just one."""
+    if checkpoint.metadata.stem_unless_named is not None:
+        return None
+    fitting = [n for n, stem in checkpoint.metadata.stems.items() if stem.channels == channels]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _unnamed_stem(checkpoint: Checkpoint) -> str:
@@ -272,13 +292,16 @@ def _stems_with(checkpoint: Checkpoint, channels: int) -> str:
 
 
 def _stem_words(checkpoint: Checkpoint, encoder: Encoder, policy: str) -> str:
+    name = chosen_stem(checkpoint, policy, in_channels=encoder.in_channels)
     match policy:
         case "random":
             return f"random: left at init ({_channels(encoder.in_channels)})"
         case "replicate":
-            return f"replicate: 1 -> {_channels(encoder.in_channels)}, divided by their number"
+            return (
+                f"replicate: {name}, 1 -> {_channels(encoder.in_channels)}, divided by their number"
+            )
         case "checkpoint":
-            return f"checkpoint: {_unnamed_stem(checkpoint)} ({_channels(encoder.in_channels)})"
+            return f"checkpoint: {name} ({_channels(encoder.in_channels)})"
         case _:
             return f"{policy} ({_channels(encoder.in_channels)})"
 

@@ -62,6 +62,16 @@ class SpatialAugmentation(Config):
         return cls(rotation_probability=0.0, scale_probability=0.0, mirror_probability=0.0)
 
     @classmethod
+    def moderate(cls) -> "SpatialAugmentation":
+        """nnDetection's `base_mp`: smaller turns and scales than by default, more often."""
+        return cls(
+            rotation_probability=0.3,
+            rotation_degrees=(15.0, 15.0, 15.0),
+            scale_probability=0.3,
+            scale_range=(0.85, 1.25),
+        )
+
+    @classmethod
     def mirroring(cls) -> "SpatialAugmentation":
         """Mirroring alone, each axis with probability 0.5."""
         return cls(rotation_probability=0.0, scale_probability=0.0)

@@ -4,9 +4,10 @@
     image = params.apply(image)                      # (C, D, H, W), on any device
 
 One draw for many images has arrays with a further leading axis, and applies to (B, C, D, H, W).
-The transforms and their order are nnU-Net's (arXiv 1809.10486, batchgeneratorsv2). Differs: noise
-is drawn for every channel (there one pattern for all), the blur's kernel reaches 4 sigma (there 3)
-and repeats the edge (there it mirrors), low resolution is brought back linearly, as there.
+The transforms and their order are nnU-Net's (arXiv 1809.10486, batchgeneratorsv2) and those of
+nnDetection (arXiv 2106.00817, batchgenerators). Differs: noise is drawn for every channel (nnU-Net:
+one pattern for all), the blur's kernel reaches 4 sigma (nnU-Net: 3) and repeats the edge (both
+mirror there), low resolution is brought back linearly (nnDetection: cubic).
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ class IntensityAugmentation(Config):
     noise_std: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.1)  # nnU-Net: "variance"
     blur_probability: Fraction = 0.2
     blur_channel_probability: Fraction = 0.5
-    blur_sigma: Range = (0.5, 1.0)  # voxels, each axis on its own
+    blur_sigma: Range = (0.5, 1.0)  # voxels
+    blur_isotropic: bool = False  # one sigma for all axes of a channel (nnDetection)
     brightness_probability: Fraction = 0.15
     brightness_factor: Range = (0.75, 1.25)
     contrast_probability: Fraction = 0.15
@@ -72,6 +74,16 @@ class IntensityAugmentation(Config):
         return cls()
 
     @classmethod
+    def nndetection(cls) -> "IntensityAugmentation":
+        """nnDetection v0.1's default, `base_more`: no low resolution; blurs evenly in all axes."""
+        return cls(blur_isotropic=True, low_resolution_probability=0.0)
+
+    @classmethod
+    def nndetection_more(cls) -> "IntensityAugmentation":
+        """nnDetection's `more`: the default and low resolution."""
+        return cls(blur_isotropic=True)
+
+    @classmethod
     def voco(cls) -> "IntensityAugmentation":
         """nnssl's for the crops of VoCo."""
         return cls(low_resolution_probability=0.1)
@@ -87,6 +99,21 @@ class IntensityAugmentation(Config):
             low_resolution_probability=0.0,
             inverted_gamma_probability=0.0,
             gamma_probability=0.0,
+        )
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether no draw can change an image."""
+        return not any(
+            (
+                self.noise_probability,
+                self.blur_probability and self.blur_channel_probability,
+                self.brightness_probability,
+                self.contrast_probability,
+                self.low_resolution_probability and self.low_resolution_channel_probability,
+                self.inverted_gamma_probability,
+                self.gamma_probability,
+            )
         )
 
     def sample(self, rng: np.random.Generator, num_channels: int) -> "IntensityParams":
@@ -105,6 +132,8 @@ class IntensityAugmentation(Config):
             *self.low_resolution_zoom, size=(*shape, 1)
         )
         sigma = rng.uniform(*self.blur_sigma, size=(*shape, 3))
+        if self.blur_isotropic:
+            sigma[...] = sigma[..., :1]
         seed = rng.integers(_SEEDS, size=shape)
         brightness = _factors(rng, self.brightness_factor, shape)
         contrast = _factors(rng, self.contrast_factor, shape)
@@ -271,6 +300,11 @@ def _gamma(rows: Tensor, exponent: Tensor) -> Tensor:
     low = rows.amin(dim=dims, keepdim=True)
     spread = rows.amax(dim=dims, keepdim=True) - low
     changed = ((rows - low) / spread.clamp_min(_SMALL)) ** exponent * spread + low
-    std, mean = torch.std_mean(rows, dim=dims, correction=0, keepdim=True)
-    new_std, new_mean = torch.std_mean(changed, dim=dims, correction=0, keepdim=True)
-    return (changed - new_mean) * (std / new_std.clamp_min(_SMALL)) + mean
+    mean = rows.mean(dim=dims, keepdim=True)
+    std = _root_mean_square(rows - mean)  # two passes: torch.std_mean takes four times as long
+    changed -= changed.mean(dim=dims, keepdim=True)
+    return changed * (std / _root_mean_square(changed).clamp_min(_SMALL)) + mean
+
+
+def _root_mean_square(rows: Tensor) -> Tensor:
+    return rows.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()

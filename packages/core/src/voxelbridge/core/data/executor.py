@@ -199,13 +199,18 @@ def _with_processes(
 ) -> Iterator[tuple[int, Done[A, R] | Failed[A]]]:
     running: dict[int, _Child[A]] = {}  # by the number of the item
     upcoming = 0
+
+    def start() -> None:
+        nonlocal upcoming
+        slowest = min(running, default=upcoming)
+        last = min(len(items), slowest + AHEAD_PER_WORKER * workers)
+        while len(running) < workers and upcoming < last:
+            running[upcoming] = _start(function, items[upcoming], limits)
+            upcoming += 1
+
     try:
         while True:
-            slowest = min(running, default=upcoming)
-            last = min(len(items), slowest + AHEAD_PER_WORKER * workers)
-            while len(running) < workers and upcoming < last:
-                running[upcoming] = _start(function, items[upcoming], limits)
-                upcoming += 1
+            start()
             if not running:
                 return
             children = list(running.values())
@@ -214,6 +219,7 @@ def _with_processes(
                 if (outcome := _outcome_of(child)) is not None:
                     del running[number]
                     child.end()
+                    start()  # the next case runs while the caller works on this one
                     yield number, outcome
     finally:
         for child in running.values():

@@ -2,14 +2,20 @@
 
 import itertools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from voxelbridge.core.data.dataset_files import IMAGE_NAME
 from voxelbridge.core.data.dicom import DicomVolume, find_series
 from voxelbridge.core.data.dicom_headers import is_dicom
-from voxelbridge.core.data.image_io import READ_ENDINGS, image_ending, image_stem, read_channels
+from voxelbridge.core.data.image_io import (
+    READ_ENDINGS,
+    image_ending,
+    image_stem,
+    iterate_channels,
+    read_channels,
+)
 from voxelbridge.core.data.volume import Volume
 from voxelbridge.core.errors import DataError
 
@@ -28,6 +34,18 @@ class ImageCase:
     def read(self) -> Volume:
         """All channels (C, D, H, W); raises DataError."""
         return read_channels(self.paths) if self.volume is None else self.volume.read()
+
+    def channels(self) -> Iterator[Volume]:
+        """The same, channel by channel (1, D, H, W), each read when it is asked for."""
+        if self.volume is None:
+            yield from iterate_channels(self.paths)
+        else:
+            yield self.volume.read()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the image; slices of a DICOM volume in their order."""
+        return self.paths if self.volume is None else self.volume.files
 
 
 @dataclass(frozen=True)

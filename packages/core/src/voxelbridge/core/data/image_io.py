@@ -1,6 +1,6 @@
 """Image files to volumes and back: NIfTI, NRRD, MetaImage. Only this module knows x, y, z order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +71,30 @@ def read_channels(paths: Sequence[Path]) -> Volume:
     A file in another axis order over the same voxels is brought to the first file's order; any
     other difference of the grids is a DataError that names both files.
     """
+    channels = list(iterate_channels(paths))
+    if len(channels) == 1:
+        return channels[0]
+    arrays = [channel.array[0] for channel in channels]
+    return Volume(np.stack(arrays), channels[0].grid)  # np.stack promotes mixed channel types
+
+
+def iterate_channels(paths: Sequence[Path]) -> Iterator[Volume]:
+    """The channels of `read_channels` as volumes (1, D, H, W), each read when it is asked for."""
     if not paths:
         raise ValueError("no channel given")
-    first = read_image(paths[0])
-    channels = [first.array[0]]
-    for path in paths[1:]:
-        matched = match_grid(volume := read_image(path), first.grid)
+    grid: Grid | None = None
+    for path in paths:
+        volume = read_image(path)
+        grid = volume.grid if grid is None else grid
+        matched = match_grid(volume, grid)
         if matched is None:
             raise DataError(
                 f"{path}: grid {describe_grid(volume.grid)} differs from {paths[0].name}: "
-                f"{describe_grid(first.grid)}; resample the channels to one grid"
+                f"{describe_grid(grid)}; resample the channels to one grid"
             )
-        channels.append(matched.array[0])
-    return Volume(np.stack(channels), first.grid)  # np.stack promotes mixed channel types
+        del volume  # or the next channel would be read while this one is held here
+        yield matched
+        del matched
 
 
 def write_image(path: Path, volume: Volume) -> None:

@@ -1,6 +1,7 @@
 """Intensity normalisation: z-score per image, or clipping and scaling with data set statistics."""
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, assert_never
 
 import numpy as np
@@ -47,8 +48,11 @@ def normalize(array: NDArray[Any], scheme: ZScore | CTPercentile) -> NDArray[np.
     return image
 
 
-def normalize_in_place(image: NDArray[np.float32], scheme: ZScore | CTPercentile) -> None:
-    """Normalises finite (D, H, W) where it is, slice by slice: no second volume is needed."""
+def normalize_in_place(image: Iterable[NDArray[np.float32]], scheme: ZScore | CTPercentile) -> None:
+    """Normalises finite (D, H, W) where it is, slice by slice: no second volume is needed.
+
+    `image` is an array, or anything that gives its slices as often as they are asked for.
+    """
     match scheme:
         case ZScore():
             _zscore(image, nonzero_only=scheme.nonzero_only)
@@ -100,7 +104,7 @@ def fit_ct(samples: NDArray[Any]) -> CTPercentile:
     )
 
 
-def _zscore(image: NDArray[np.float32], *, nonzero_only: bool) -> None:
+def _zscore(image: Iterable[NDArray[np.float32]], *, nonzero_only: bool) -> None:
     # Sums in float64, slice by slice: the deviations of a whole volume would be twice its size.
     count, total = 0, 0.0
     for plane in image:

@@ -3,11 +3,12 @@
 The order is nnDetection's: crop to non-zero voxels, resample, then normalise. Training and
 prediction call the same functions, so that both see the same numbers. The image keeps its stored
 type until it is resampled and is then normalised where it lies: beside the file's voxels and the
-result there is at most one half-resampled volume.
+result there is at most one half-resampled volume. `preprocess_channel` takes one channel at a time
+and writes to any array, also to a mapped file.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,11 @@ from voxelbridge.core.data.normalize import (
     require_finite,
 )
 from voxelbridge.core.data.resample import (
+    IN_MEMORY,
     Resampling,
-    resample_image_by,
+    Workspace,
+    nearest_image_axis,
+    resample_into,
     resample_labels_by,
     resampled_shape,
 )
@@ -71,27 +75,47 @@ def preprocess(
     """
     if len(normalization) != len(volume.array):
         raise ValueError(f"{len(normalization)} schemes for {len(volume.array)} channels")
-    cropped = _crop(mapping.reorientation.apply_array(volume.array), mapping)
-    require_finite(cropped)
-    spacing_before = _crop_spacing(mapping)
-    spacing = spacing_before if spacing_mm is None else spacing_mm
-    shape = resampled_shape(mapping.crop_shape, spacing_before, spacing)
-    if shape == mapping.crop_shape:
-        image = np.array(cropped, dtype=np.float32, order="C")  # a copy: it is normalised in place
-    else:
-        image = resample_image_by(
-            resampling, cropped, shape, spacing_mm=spacing_before, new_spacing_mm=spacing
-        )
-    for channel, scheme in zip(image, normalization, strict=True):
-        normalize_in_place(channel, scheme)
-    final = StoredToOriginal(
-        original_grid=mapping.original_grid,
-        reorientation=mapping.reorientation,
-        crop_start=mapping.crop_start,
-        crop_shape=mapping.crop_shape,
-        stored_shape=shape,
-    )
+    require_finite(_crop(mapping.reorientation.apply_array(volume.array), mapping))
+    final = at_spacing(mapping, spacing_mm)
+    image = np.empty((len(volume.array), *final.stored_shape), dtype=np.float32)
+    for source, target, scheme in zip(volume.array, image, normalization, strict=True):
+        preprocess_channel(
+            source, target, final,
+            spacing_mm=spacing_mm, normalization=scheme, resampling=resampling,
+        )  # fmt: skip
     return Preprocessed(image, final)
+
+
+def at_spacing(mapping: StoredToOriginal, spacing_mm: Sequence[float] | None) -> StoredToOriginal:
+    """`mapping` with the stored shape that `spacing_mm` (z, y, x; None: its own) gives."""
+    before = _crop_spacing(mapping)
+    after = before if spacing_mm is None else spacing_mm
+    shape = resampled_shape(mapping.crop_shape, before, after)
+    return replace(mapping, stored_shape=shape)
+
+
+def preprocess_channel(
+    source: NDArray[Any],
+    target: NDArray[np.float32],
+    mapping: StoredToOriginal,
+    *,
+    spacing_mm: Sequence[float] | None,
+    normalization: ZScore | CTPercentile,
+    resampling: Resampling = DEFAULT_RESAMPLING,
+    workspace: Workspace = IN_MEMORY,
+) -> None:
+    """What `preprocess` makes of one channel (D, H, W) of the file, written to `target`.
+
+    `mapping` is what `at_spacing` gave and `target` contiguous and of its stored shape. Raises
+    DataError for NaN or infinite voxels.
+    """
+    cropped = _crop(mapping.reorientation.apply_array(source), mapping)
+    require_finite(cropped)
+    before = _crop_spacing(mapping)
+    after = before if spacing_mm is None else spacing_mm
+    axis = nearest_image_axis(resampling, before, after)
+    resample_into(target, cropped, nearest_axis=axis, workspace=workspace)
+    normalize_in_place(_Slices(target, workspace), normalization)
 
 
 def labels_to_stored(
@@ -114,6 +138,19 @@ def labels_to_stored(
         spacing_mm=_crop_spacing(mapping),
         new_spacing_mm=mapping.stored_grid.spacing_mm if spacing_mm is None else spacing_mm,
     )
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """The slices of a volume, one after the other; the workspace hears of each."""
+
+    array: NDArray[np.float32]
+    workspace: Workspace
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        for plane in self.array:
+            yield plane
+            self.workspace.wrote(plane.nbytes)
 
 
 def _crop_spacing(mapping: StoredToOriginal) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ coarse axis, and label maps by linear votes (label_interpolation.py).
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,31 @@ ANISOTROPY_THRESHOLD = 3.0  # nnU-Net's: above this ratio of spacings one axis c
 EQUAL = 1e-5  # spacings from float32 headers and direction matrices that differ by less are one
 
 Float32 = NDArray[np.float32]
+
+
+class Workspace(Protocol):
+    """Where large temporary volumes lie; it hears of progress, so that it can tidy up between."""
+
+    def empty(self, shape: Sequence[int]) -> Float32:
+        """A contiguous array with any content."""
+        ...
+
+    def wrote(self, num_bytes: int) -> None:
+        """Told after every slab that was written."""
+        ...
+
+
+class InMemory:
+    """The workspace that is plain memory."""
+
+    def empty(self, shape: Sequence[int]) -> Float32:
+        return np.empty(tuple(shape), dtype=np.float32)
+
+    def wrote(self, num_bytes: int) -> None:
+        pass
+
+
+IN_MEMORY = InMemory()
 
 
 class Resampling(Config):
@@ -85,13 +110,34 @@ def resample_image(
         return array.astype(np.float32, copy=False)
     resized = np.empty((array.shape[0], *shape), dtype=np.float32)
     for source, target in zip(array, resized, strict=True):
-        if nearest_axis is None:
-            _resize_channel(source, target)
-        else:
-            _resize_slices(
-                np.moveaxis(source, nearest_axis, 0), np.moveaxis(target, nearest_axis, 0)
-            )
+        resample_into(target, source, nearest_axis=nearest_axis)
     return resized
+
+
+def resample_into(
+    target: Float32,
+    source: NDArray[Any],
+    *,
+    nearest_axis: int | None = None,
+    workspace: Workspace = IN_MEMORY,
+) -> None:
+    """Writes one channel (D, H, W), resampled as `resample_image` does it, to contiguous `target`.
+
+    `target` may be a mapped file: it is written slab by slab, and read back at most once. The same
+    numbers to the bit in any workspace.
+    """
+    if source.shape == target.shape:
+        step = max(1, SLAB_BYTES // (4 * source[0].size))
+        for start in range(0, len(source), step):
+            part = target[start : start + step]
+            part[...] = source[start : start + step]
+            workspace.wrote(part.nbytes)
+    elif nearest_axis is None:
+        _resize_channel(source, target, workspace)
+    else:
+        _resize_slices(
+            np.moveaxis(source, nearest_axis, 0), np.moveaxis(target, nearest_axis, 0), workspace
+        )
 
 
 def resample_labels(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
@@ -122,8 +168,15 @@ def resample_image_by(
     new_spacing_mm: Sequence[float],
 ) -> Float32:
     """(C, D, H, W) -> (C, *shape) by the rule of `resampling.image`; spacings are (z, y, x)."""
-    axis = coarse_axis(spacing_mm, new_spacing_mm) if resampling.image == "nnunet" else None
+    axis = nearest_image_axis(resampling, spacing_mm, new_spacing_mm)
     return resample_image(array, shape, nearest_axis=axis)
+
+
+def nearest_image_axis(
+    resampling: Resampling, spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]
+) -> int | None:
+    """The axis of an image along which `resampling` takes the nearest slice, or None."""
+    return coarse_axis(spacing_mm, new_spacing_mm) if resampling.image == "nnunet" else None
 
 
 def resample_labels_by(
@@ -141,7 +194,7 @@ def resample_labels_by(
     return resample_labels_linear(array, shape, nearest_axis=axis)
 
 
-def _resize_channel(source: NDArray[Any], target: Float32) -> None:
+def _resize_channel(source: NDArray[Any], target: Float32, workspace: Workspace) -> None:
     # (D, H, W) -> target. Axes that shrink come first, so that the later products are smaller; z
     # goes first or last as a whole, y and x slab by slab: temporaries stay within one slab, plus
     # the volume that is half done, which is never larger than the larger of source and target.
@@ -149,22 +202,26 @@ def _resize_channel(source: NDArray[Any], target: Float32) -> None:
 
     def finish(part: Float32) -> None:  # while the part is still in the cache
         np.clip(part, low, high, out=part)
+        workspace.wrote(part.nbytes)
+
+    def half_way(part: Float32) -> None:
+        workspace.wrote(part.nbytes)
 
     if target.shape[0] < source.shape[0]:
-        thinner = np.empty((target.shape[0], *source.shape[1:]), dtype=np.float32)
-        _resize_z(source, thinner)
+        thinner = workspace.empty((target.shape[0], *source.shape[1:]))
+        _resize_z(source, thinner, half_way)
         _resize_planes(thinner, target, finish)
     elif target.shape[0] == source.shape[0]:
         _resize_planes(source, target, finish)
     else:
         planes: NDArray[Any] = source
         if source.shape[1:] != target.shape[1:]:
-            planes = np.empty((source.shape[0], *target.shape[1:]), dtype=np.float32)
-            _resize_planes(source, planes)
+            planes = workspace.empty((source.shape[0], *target.shape[1:]))
+            _resize_planes(source, planes, half_way)
         _resize_z(planes, target, finish)
 
 
-def _resize_slices(source: NDArray[Any], target: Float32) -> None:
+def _resize_slices(source: NDArray[Any], target: Float32, workspace: Workspace) -> None:
     # The first axis by the nearest slice. Only slices that are taken are resized, each once.
     picks = nearest_picks(source.shape[0], target.shape[0])
     for pick in np.unique(picks):
@@ -173,6 +230,7 @@ def _resize_slices(source: NDArray[Any], target: Float32) -> None:
         _resize_planes(slice_, resized)
         np.clip(resized, np.float32(slice_.min()), np.float32(slice_.max()), out=resized)
         target[picks == pick] = resized
+        workspace.wrote(resized.nbytes)
 
 
 def _resize_planes(
