@@ -20,6 +20,7 @@ import sys
 sys.modules |= dict.fromkeys(sys.argv[2].split(","))
 sys.path.insert(0, sys.argv[1])
 import bench, bench_attention, bench_detectors, bench_encoder, bench_methods, bench_multitalent
+import bench_predict
 bench_attention.main(device="cpu", quick=True, threads=1)
 bench_detectors.bench(device="cpu", quick=True, repeats=1, threads=1)
 print("methods")

@@ -8,7 +8,10 @@ from torch import nn
 
 from voxelbridge.core.arch.encoder import build_encoder
 from voxelbridge.core.arch.presets import ENCODER_PRESETS
-from voxelbridge.core.config import load_config, preset_path
+from voxelbridge.core.config import differing_keys, load_config, preset_path
+from voxelbridge.core.data.augment import SpatialAugmentation
+from voxelbridge.core.data.augment_intensity import IntensityAugmentation
+from voxelbridge.core.train.averaging import WeightAveraging, tail_of
 from voxelbridge.core.train.optim import SGD, AdamW
 from voxelbridge.core.train.schedule import learning_rate_at
 from voxelbridge.detect.build import build_detector, load_detect_config
@@ -27,6 +30,36 @@ DETECT_PRESETS = (
     "defdetr", "defdetr_small", "nndet_v001", "resenc_defdetr", "resenc_defdetr_small",
     "resenc_retunet", "resenc_retunet_small", "retunet", "retunet_small",
 )  # fmt: skip
+# Presets that extend one of these: rows of the paper's table 2, tunings, fractions of the data.
+VARIANTS = {
+    "retunet_lr1e-3": ("retunet", {"optim.lr"}),
+    "retunet_all_weights": ("retunet", {"transfer.parts"}),
+    **{f"{name}_default_spacing": (name, {"store_plan"}) for name in ("retunet", "defdetr")},
+    **{
+        f"{name}_stem_{policy}": (name, {"transfer.stem"})
+        for name in ("retunet", "defdetr", "resenc_retunet", "resenc_defdetr")
+        for policy in ("random", "replicate")
+    },
+    **{
+        f"{name}_{ending}": (name, keys)
+        for name in ("resenc_retunet", "resenc_defdetr")
+        for ending, keys in (
+            ("192", {"patch_size"}),
+            ("10pct", {"data_fraction"}),
+            ("30pct", {"data_fraction"}),
+            ("lora", {"tune.name", "tune.rank", "tune.alpha"}),
+            ("linear", {"tune.name", "schedule.steps", "schedule.frozen"}),
+        )
+    },
+    **{
+        f"{name}_{ending}_small": (f"{name}_small", keys)
+        for name in ("resenc_retunet", "resenc_defdetr")
+        for ending, keys in (
+            ("lora", {"tune.name", "tune.rank", "tune.alpha"}),
+            ("linear", {"tune.name"}),
+        )
+    },
+}
 SSL_METHODS = ("mae", "models_genesis", "s3d", "voco")
 SSL_PRESETS = [f"{name}{suffix}" for name in SSL_METHODS for suffix in ("", "_24gb", "_small")]
 SUP_PRESETS = (
@@ -76,7 +109,7 @@ def test_shipped_presets_for_many_data_sets_are_the_documented_ones() -> None:
 
 
 def test_shipped_presets_are_the_documented_ones() -> None:
-    assert shipped("voxelbridge.detect") == list(DETECT_PRESETS)
+    assert shipped("voxelbridge.detect") == sorted([*DETECT_PRESETS, *VARIANTS])
     assert shipped(SSL) == SSL_PRESETS
 
 
@@ -95,6 +128,19 @@ def test_detect_preset_loads_and_builds(name: str) -> None:
             assert all(head.out_features == 3 for head in detector.transformer.class_heads)
     divisor = detector.encoder.strides[-1]
     assert all(edge % stride == 0 for edge, stride in zip(config.patch_size, divisor, strict=True))
+
+
+def test_a_variant_differs_from_what_it_extends_in_the_named_settings_alone() -> None:
+    for name, (base, keys) in VARIANTS.items():
+        different = differing_keys(load_detect_config(base), load_detect_config(name))
+        found = {line.partition(":")[0] for line in different}
+        assert {"schedule.frozen" if k.startswith("schedule.frozen") else k for k in found} == keys
+    assert load_detect_config("retunet_lr1e-3").optim.lr == 1e-3
+    assert load_detect_config("resenc_retunet_192").patch_size == (192, 192, 192)
+    assert load_detect_config("retunet_all_weights").transfer.parts == "encoder+decoder"
+    assert load_detect_config("defdetr_stem_random").transfer.stem == "random"
+    assert load_detect_config("resenc_defdetr_10pct").data_fraction == 0.1
+    assert load_detect_config("resenc_retunet_linear_small").tune.name == "linear"
 
 
 @pytest.mark.parametrize("name", SSL_PRESETS)
@@ -161,6 +207,14 @@ def test_paper_transformers_train_as_in_appendix_c(name: str) -> None:
     assert learning_rate_at(schedule, 16_500, peak=optim.lr) == 3e-4
 
 
+@pytest.mark.parametrize("name", PAPER_DETECTORS)
+def test_paper_detectors_are_validated_on_patches_and_on_whole_cases(name: str) -> None:
+    config = load_detect_config(name)
+    assert (config.validation_batches, config.validate_every_steps) == (100, 2500)
+    assert (config.validate_cases_every_steps, config.validation_cases) == (25_000, 10)
+    assert config.best_metric == "auto"
+
+
 @pytest.mark.parametrize("name", DETR)
 def test_paper_transformers_have_the_detr_settings(name: str) -> None:
     config = load_detect_config(name)
@@ -177,6 +231,21 @@ def test_paper_transformers_have_the_detr_settings(name: str) -> None:
     assert config.encoder == ("plain" if name == "defdetr" else "resenc_l")
 
 
+@pytest.mark.parametrize("name", PAPER_DETECTORS)
+def test_paper_detectors_change_intensities_as_nndetection_does(name: str) -> None:
+    config = load_detect_config(name)
+    assert config.intensity == IntensityAugmentation.nndetection()
+    assert config.augmentation == SpatialAugmentation()
+
+
+def test_small_detectors_leave_intensities_alone_and_name_what_they_change() -> None:
+    for name in set(DETECT_PRESETS) - set(PAPER_DETECTORS):
+        assert load_detect_config(name).intensity.changes_nothing
+    gamma = load_detect_config("retunet_small", ["intensity.gamma_probability=1"]).intensity
+    off = IntensityAugmentation.none()
+    assert gamma == off.model_copy(update={"gamma_probability": 1.0})
+
+
 def test_nndet_v001_is_the_public_version() -> None:
     config, paper = load_detect_config("nndet_v001"), load_detect_config("retunet")
     detector, schedule, optim = config.detector, config.schedule, config.optim
@@ -185,11 +254,14 @@ def test_nndet_v001_is_the_public_version() -> None:
     mined = detector.hard_negatives
     assert (mined.anchors_per_image, mined.positive_fraction, mined.pool_factor) == (32, 0.33, 20)
     assert (detector.class_weight, detector.box_weight, detector.segmentation_weight) == (1, 1, 1)
-    assert (schedule.steps, schedule.warmup_steps, schedule.frozen) == (50 * 2500, 4000, None)
+    assert (schedule.steps, schedule.warmup_steps, schedule.frozen) == (60 * 2500, 4000, None)
+    swa = config.averaging
+    assert isinstance(swa, WeightAveraging)
+    assert (swa.last_steps, swa.every_steps, swa.rates) == (10 * 2500, 2500, (1e-5, 1e-3))
     assert isinstance(optim, SGD)
     assert optim == paper.optim
-    # nnDetection's own figure for the rate of its iteration 60,000
-    rate = learning_rate_at(schedule, 60_000, peak=optim.lr)
+    # nnDetection's own figure for the rate of its iteration 60,000: the decay ends with epoch 50
+    rate = learning_rate_at(schedule, 60_000, peak=optim.lr, tail=tail_of(swa))
     assert rate == pytest.approx(5.716e-3, rel=1e-3)
     assert config.post_processing == paper.post_processing
 

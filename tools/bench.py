@@ -36,11 +36,14 @@ def main(
     if device == "cpu":
         _preprocessing(volumes, quick=quick, nnunet=nnunet)
         _section("loader: patches per second", "bench_loader.py", ["--quick"] if quick else [])
+        title = "evaluation: intervals from resampled images, CPU seconds"
+        _section(title, "bench_evaluate.py", ["--quick"] if quick else [])
     encoder = ["--sizes", "64", "--repeats", "1"] if quick else []
     _section(f"ResEncL on {device}: step time", "bench_encoder.py", [*encoder, "--device", device])
     options = ["--device", device, *(["--quick"] if quick else [])]
     _section(f"deformable attention on {device}", "bench_attention.py", options)
     _section(f"detectors on {device}: training steps", "bench_detectors.py", options)
+    _section(f"inference of a whole case on {device}", "bench_predict.py", options)
     _section(f"pre-training methods on {device}: one step", "bench_methods.py", options)
     _section(f"MultiTalent on {device}: many stems, or one", "bench_multitalent.py", options)
 

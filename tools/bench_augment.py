@@ -10,6 +10,11 @@ and nothing else. nnU-Net reads its enlarged patch through nnUNetDataLoader and 
 batchgeneratorsv2. One thread, alternating rounds in one process, CPU seconds; ratios are medians
 over the rounds.
 Without nnunetv2 only our side runs.
+
+Then each transform of intensities on one patch of 128^3, in CPU milliseconds of one thread, ours
+against batchgenerators (the library of nnDetection; left out where it is not installed),
+nnDetection's list as it is drawn, and our loader with and without that list. With a GPU, ours there
+too, in milliseconds of the clock.
 """
 
 import argparse
@@ -18,7 +23,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +36,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from voxelbridge.core.data.augment import SpatialAugmentation
+from voxelbridge.core.data.augment_intensity import IntensityAugmentation, IntensityParams
 from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
 from voxelbridge.core.data.image_io import read_image
 from voxelbridge.core.data.normalize import CTPercentile
@@ -45,6 +52,16 @@ CASES = {
 }
 MIXES = {"as in training": 0.2, "always rotated and scaled": 1.0, "only mirrored": 0.0}
 OURS, PEER = "ours", "nnU-Net"
+LIST = "nnDetection's list"
+INTENSITIES = {  # what of `IntensityParams` makes a transform that changes something
+    "noise": {"noise_std": [0.05], "noise_seed": [1.0]},
+    "blur": {"blur_sigma": [[0.75, 0.75, 0.75]]},
+    "brightness": {"brightness": [1.2]},
+    "contrast": {"contrast": [1.2]},
+    "inverted gamma": {"inverted_gamma": [1.3]},
+    "gamma": {"gamma": [1.3]},
+    "low resolution": {"zoom": [[0.7, 0.7, 0.7]]},
+}
 
 MakePatch = Callable[[], Any]  # Any: a batch of either side
 
@@ -79,14 +96,18 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result))
         return
+    intensity, loader = result.pop("intensity_ms"), result.pop("loader")
     for mix, row in result.items():
         ratio = f"  ratio {row['ratio']:.1f}x" if "ratio" in row else "  (nnunetv2 not installed)"
         rates = "  ".join(f"{side} {row[side]:6.1f}/s" for side in (OURS, PEER) if side in row)
         print(f"{mix:26s} {rates}{ratio}; ours reads {row['voxels_read']:.2f} x the patch's voxels")
+    for name, row in intensity.items():
+        print(f"{name:26s} " + "  ".join(f"{side} {ms:7.1f} ms" for side, ms in row.items()))
+    print("as in training, patches/s: " + ", ".join(f"{n} {r:.1f}" for n, r in loader.items()))
 
 
-def measure(volumes: Path, folder: Path, setting: Setting) -> dict[str, dict[str, float]]:
-    """Patches per CPU second of each side for each mixture of transforms."""
+def measure(volumes: Path, folder: Path, setting: Setting) -> dict[str, dict[str, Any]]:
+    """Patches per CPU second of each side for each mixture of transforms, and intensities."""
     with_peer = find_spec("nnunetv2") is not None
     (folder / PEER).mkdir()
     writer = CaseStoreWriter(folder / OURS, patch_size=PATCH)
@@ -94,7 +115,7 @@ def measure(volumes: Path, folder: Path, setting: Setting) -> dict[str, dict[str
         _store_case(writer, folder, name, [volumes / path for path in paths], peer=with_peer)
     writer.finish()
     store = CaseStore.open(folder / OURS)
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for mix, probability in MIXES.items():
         augmentation = SpatialAugmentation(
             rotation_probability=probability, scale_probability=probability
@@ -103,7 +124,89 @@ def measure(volumes: Path, folder: Path, setting: Setting) -> dict[str, dict[str
         if with_peer:
             sides[PEER] = _peer(folder / PEER, augmentation)
         result[mix] = _compare(sides, setting) | {"voxels_read": _voxels_read(augmentation)}
+    image, _ = _ours(store, SpatialAugmentation.none())()
+    result["intensity_ms"] = _intensity_ms(image, setting)
+    result["loader"] = _loader_rates(store, setting)
     return result
+
+
+def _intensity_ms(image: torch.Tensor, setting: Setting) -> dict[str, dict[str, float]]:
+    """Milliseconds per patch (1, 1, D, H, W) of each transform, and of the list as drawn."""
+    drawn = IntensityAugmentation.nndetection().sample_batch(np.random.default_rng(0), 400, 1)
+    table = drawn.to_array()
+    jobs = {
+        name: [_only(changes).to_array()[None]] * setting.rounds
+        for name, changes in INTENSITIES.items()
+    } | {LIST: [table[n : n + 1] for n in range(20 * setting.rounds)]}
+    result: dict[str, dict[str, float]] = {}
+    for name, rows in jobs.items():
+        result[name] = {"ours": _ms_of(image, rows)}
+        if torch.cuda.is_available():
+            result[name]["ours on the GPU"] = _ms_of(image.cuda(), rows * 5)
+        if find_spec("batchgenerators") is not None and name in _PEERS:
+            result[name]["batchgenerators"] = _peer_ms(name, image[0].numpy(), setting.rounds)
+    return result
+
+
+def _only(changes: dict[str, Any]) -> IntensityParams:
+    identity = IntensityParams.identity(1)
+    return replace(identity, **{n: np.array(v, np.float32) for n, v in changes.items()})
+
+
+def _ms_of(image: torch.Tensor, rows: list[NDArray[np.float32]]) -> float:
+    IntensityParams.from_array(rows[0]).apply(image)
+    clock = time.perf_counter if image.is_cuda else time.process_time
+    seconds = []
+    for row in rows:
+        started = clock()
+        IntensityParams.from_array(row).apply(image)
+        if image.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(clock() - started)
+    few = len(rows) <= 5 * FULL.rounds
+    return 1e3 * (statistics.median(seconds) if few else statistics.fmean(seconds))
+
+
+_PEER_GAMMA = {"gamma_range": (1.3, 1.3), "retain_stats": True, "per_channel": True}
+_PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "noise": ("noise.gaussian_noise", {"noise_variance": (0.05, 0.05)}),
+    "blur": ("noise.gaussian_blur", {"sigma_range": (0.75, 0.75)}),
+    "brightness": ("color.brightness_multiplicative", {"multiplier_range": (1.2, 1.2)}),
+    "contrast": ("color.contrast", {"contrast_range": (1.2, 1.2)}),
+    "inverted gamma": (
+        "color.gamma",
+        {**_PEER_GAMMA, "invert_image": True},
+    ),
+    "gamma": ("color.gamma", _PEER_GAMMA),
+}  # fmt: skip
+
+
+def _peer_ms(name: str, image: NDArray[np.float32], rounds: int) -> float:
+    place, settings = _PEERS[name]
+    family, function = place.split(".")
+    module = import_module(f"batchgenerators.augmentations.{family}_augmentations")
+    seconds = []
+    for _ in range(rounds):
+        copy = image.copy()  # the library writes into what it gets
+        started = time.process_time()
+        getattr(module, f"augment_{function}")(copy, **settings)
+        seconds.append(time.process_time() - started)
+    return 1e3 * statistics.median(seconds)
+
+
+def _loader_rates(store: CaseStore, setting: Setting) -> dict[str, float]:
+    """Patches per CPU second, turned and scaled as in training, without and with intensities."""
+    plain = _ours(store, SpatialAugmentation())
+    rng = np.random.default_rng(1)
+    intensity = IntensityAugmentation.nndetection()
+
+    def changed() -> None:
+        image, _ = plain()
+        intensity.sample_batch(rng, 1, 1).apply(image)
+
+    sides: dict[str, MakePatch] = {"without intensities": plain, "with them": changed}
+    rates = _compare(sides, replace(setting, patches=10 * setting.patches))
+    return {name: rates[name] for name in ("without intensities", "with them")}
 
 
 def _compare(sides: dict[str, MakePatch], setting: Setting) -> dict[str, float]:
@@ -117,7 +220,7 @@ def _compare(sides: dict[str, MakePatch], setting: Setting) -> dict[str, float]:
                 make()
             rates[side].append(setting.patches / (time.process_time() - started))
     row = {side: statistics.median(rate) for side, rate in rates.items()}
-    if PEER in rates:
+    if PEER in rates and OURS in rates:
         pairs = zip(rates[OURS], rates[PEER], strict=True)
         row["ratio"] = statistics.median(ours / peer for ours, peer in pairs)
     return row

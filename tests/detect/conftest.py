@@ -4,8 +4,10 @@ The reference program stores boxes as (a0 low, a1 low, a0 high, a1 high, a2 low,
 deltas in the same interleaving.
 """
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -40,3 +42,15 @@ class ReferenceArrays:
 def boxops(shared: Path) -> Callable[[str], ReferenceArrays]:
     """`boxops("nms")` holds the arrays of the reference file of that name."""
     return lambda name: ReferenceArrays(shared / "golden" / "boxops" / f"{name}.npz")
+
+
+@pytest.fixture(scope="session")
+def stubs() -> ModuleType:
+    """The module `stub_runs.py`: a small store, finished runs, proposals that a test decides."""
+    path = Path(__file__).with_name("stub_runs.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

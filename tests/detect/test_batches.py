@@ -2,26 +2,29 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from voxelbridge.core.data.augment import SpatialAugmentation, SpatialParams
+from voxelbridge.core.data.augment import SpatialAugmentation, SpatialParams, rotation_matrix
+from voxelbridge.core.data.augment_intensity import IntensityAugmentation, IntensityParams
 from voxelbridge.core.data.batches import step_batches
 from voxelbridge.core.data.case_index import CaseRecord
 from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
 from voxelbridge.core.data.foreground import boxes_from_instances
 from voxelbridge.core.data.image_io import read_image, write_image
 from voxelbridge.core.data.volume import Grid, Volume
-from voxelbridge.detect.batches import (
-    BoxMasks,
-    PatchSampler,
-    case_objects,
-    crop_boxes,
-    read_sample,
-)
+from voxelbridge.core.train.distributed import World
+from voxelbridge.detect import train
+from voxelbridge.detect.batches import DetectionBatch, PatchSampler, case_objects, on_device
+from voxelbridge.detect.build import load_detect_config
+from voxelbridge.detect.patch_objects import crop_boxes
+from voxelbridge.detect.patch_sources import BoxMasks, read_sample
 from voxelbridge.detect.prepare import prepare
 
 NONE = SpatialAugmentation.none()
@@ -241,6 +244,169 @@ def test_augmented_batches_are_a_function_of_seed_rank_and_step(tmp_path: Path) 
     assert all(torch.equal(a, b) for a, b in zip(here[5:], tail, strict=True))
     every = [*here, *images(workers=2, rank=1)]
     assert len({image.numpy().tobytes() for image in every}) == len(every)  # no stream repeats
+
+
+def test_a_patch_boxes_the_objects_whose_voxels_it_shows_and_no_others(tmp_path: Path) -> None:
+    """Scaled, less than a voxel's width of an object may show as a whole layer of voxels."""
+    instances = np.zeros((40, 40, 40), np.int32)
+    instances[12:22, 10:20, 10:20] = 1
+    store = _store_of(tmp_path, instances, boxes_from_instances(instances)[1])
+    case = case_objects(store, ["a"])["a"]
+    params = SpatialParams.build(PATCH, np.diag([1.4, 1.4, 1.4]))
+    thickness = set()
+    for first in range(-10, 30):
+        sample = read_sample(store, "a", case, (first, 8, 8), params)
+        assert sample.foreground is not None
+        layers = int(sample.foreground.any(axis=(1, 2)).sum())
+        assert bool(layers) == bool(len(sample.boxes))
+        thickness.add(layers)
+    assert {0, 1, 2} <= thickness
+
+
+def _mixed_store(root: Path) -> CaseStore:
+    """Cases with a map, with boxes alone, and without objects; images of noise."""
+    writer = CaseStoreWriter(root, patch_size=PATCH)
+    instances, boxes = _balls((18, 18, 18, 4), (24, 26, 22, 3), (5, 30, 30, 6))
+    rng = np.random.default_rng(0)
+    for name, own, with_map in (("map", boxes, True), ("bare", boxes, False), ("empty", [], True)):
+        writer.write_case(
+            name,
+            rng.normal(size=(2, *instances.shape)).astype(np.float32),
+            grid=Grid.from_parts(instances.shape, (1.0, 1.0, 1.0)),
+            boxes=own,
+            labels=np.arange(len(own)),
+            instances=(instances * (len(own) > 0)) if with_map else None,
+        )
+    writer.finish()
+    return CaseStore.open(root)
+
+
+def _same(first: DetectionBatch, second: DetectionBatch, *, image: float) -> None:
+    np.testing.assert_allclose(first.image, second.image, rtol=0, atol=image)
+    for one, other in zip(first.targets, second.targets, strict=True):
+        assert torch.equal(one.boxes, other.boxes)
+        assert torch.equal(one.labels, other.labels)
+    assert (first.foreground is None) == (second.foreground is None)
+    if first.foreground is not None and second.foreground is not None:
+        assert torch.equal(first.foreground, second.foreground)
+
+
+@pytest.mark.parametrize("augmentation", [NONE, SCALE, SpatialAugmentation(), ALWAYS])
+@pytest.mark.parametrize("names", [("map", "bare", "empty"), ("map", "empty"), ("empty",)])
+def test_batches_made_on_the_device_are_those_of_the_loader(
+    tmp_path: Path, augmentation: SpatialAugmentation, names: tuple[str, ...]
+) -> None:
+    """Boxes and foreground in every bit, images up to the rounding of coordinates."""
+    store = _mixed_store(tmp_path)
+    cases = case_objects(store, names)
+    here = PatchSampler(store, cases, PATCH, 4, 0.5, augmentation, "ellipsoid")
+    there = replace(here, defer=True)
+    for step in range(4):
+        loaded = there.load(step, np.random.default_rng(step))
+        made = next(on_device([loaded], torch.device("cpu")))
+        _same(made, here(step, np.random.default_rng(step)), image=1e-4)
+
+
+def test_intensities_change_on_the_device_and_nothing_else_does(tmp_path: Path) -> None:
+    sampler = PatchSampler(
+        store := _mixed_store(tmp_path), case_objects(store, ["map"]), PATCH, 4, 0.5,
+        intensity=IntensityAugmentation.nndetection(), augmentation=MIRROR,
+    )  # fmt: skip
+    plain = sampler(3, np.random.default_rng(3))
+    loaded = sampler.load(3, np.random.default_rng(3))
+    assert loaded.intensity is not None
+    assert loaded.intensity.shape == (4, 2, 12)
+    made = loaded.finish(torch.device("cpu"))
+    assert not torch.equal(made.image, plain.image)
+    params = IntensityParams.from_array(loaded.intensity.numpy())
+    assert torch.equal(made.image, params.apply(plain.image))
+    _same(replace(made, image=plain.image), plain, image=0)
+    # what validation calls never changes intensities, nor does a preset that names none
+    off = replace(sampler, intensity=IntensityAugmentation.none())
+    _same(off(3, np.random.default_rng(3)), plain, image=0)
+    _same(off.load(3, np.random.default_rng(3)).finish(torch.device("cpu")), plain, image=0)
+
+
+def test_training_takes_the_intensities_of_the_preset_and_defers_on_a_gpu(tmp_path: Path) -> None:
+    store = _mixed_store(tmp_path)
+    for name, device in (("retunet", "cpu"), ("retunet", "cuda"), ("retunet_small", "cpu")):
+        config = load_detect_config(name)
+        sampler = train._sampler(store, ["map"], config, World(torch.device(device)))
+        assert sampler.intensity == config.intensity
+        assert sampler.augmentation == config.augmentation
+        assert sampler.defer == (device == "cuda")
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_changed_batches_do_not_depend_on_the_number_of_workers(
+    tmp_path: Path, defer: bool
+) -> None:
+    store = _mixed_store(tmp_path)
+    sampler = PatchSampler(
+        store, case_objects(store, ["map", "empty"]), PATCH, 3, 0.5, SpatialAugmentation(),
+        intensity=IntensityAugmentation.nndetection(), defer=defer,
+    )  # fmt: skip
+
+    def batches(workers: int) -> list[DetectionBatch]:
+        loaded = step_batches(sampler.load, seed=1, first_step=0, steps=5, workers=workers)
+        return list(on_device(loaded, torch.device("cpu")))
+
+    here = batches(0)
+    for workers in (1, 2):
+        for one, other in zip(here, batches(workers), strict=True):
+            _same(one, other, image=0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    quarters=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)),
+    mirrored=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    scale=st.sampled_from([1.0, 1.0, 0.5, 2.0, 1.3]),
+    start=st.tuples(st.integers(-8, 30), st.integers(-8, 32), st.integers(-8, 34)),
+)
+def test_image_objects_and_boxes_stay_together(
+    shared_store: CaseStore,
+    quarters: tuple[int, int, int],
+    mirrored: tuple[bool, bool, bool],
+    scale: float,
+    start: tuple[int, int, int],
+) -> None:
+    """The image shows row n's object as n + 1, here and where the patch cuts it or misses it."""
+    matrix = np.rint(rotation_matrix([90.0 * turn for turn in quarters])) * scale
+    params = SpatialParams.build(PATCH, matrix, mirrored=mirrored)
+    case = case_objects(shared_store, ["a"])["a"]
+    sample = read_sample(shared_store, "a", case, start, params)
+    if scale == 1.0:  # voxels lie on voxels: what numpy's own turning and mirroring gives
+        window = shared_store.read_patch("a", start, PATCH, pad_value=0.0)[0]
+        offsets = np.stack(np.meshgrid(*[np.arange(16) - 7.5] * 3, indexing="ij"), axis=-1)
+        z, y, x = np.moveaxis(np.rint(offsets @ params.matrix.T + 7.5).astype(int), -1, 0)
+        np.testing.assert_allclose(sample.image[0], window[z, y, x], atol=1e-5)
+        ids, boxes = boxes_from_instances(np.rint(sample.image[0]).astype(int))
+        np.testing.assert_array_equal(sample.labels, ids - 1)
+        np.testing.assert_allclose(sample.boxes, boxes, atol=1e-4)
+        np.testing.assert_array_equal(sample.foreground, np.rint(sample.image[0]) > 0)
+    assert sample.foreground is not None
+    assert set(sample.labels) <= {0, 1, 2}
+    covered = np.zeros(PATCH, dtype=bool)
+    for z0, y0, x0, z1, y1, x1 in sample.boxes:
+        low = [int(np.floor(edge - 0.5)) for edge in (z0, y0, x0)]
+        high = [int(np.ceil(edge + 0.5)) for edge in (z1, y1, x1)]
+        covered[tuple(slice(max(a, 0), b) for a, b in zip(low, high, strict=True))] = True
+    assert not (sample.foreground & ~covered).any()  # no object without a box
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> CaseStore:
+    """One case whose image is its instance map."""
+    instances, boxes = _balls((18, 18, 18, 4), (24, 30, 22, 3), (8, 8, 30, 6))
+    writer = CaseStoreWriter(tmp_path_factory.mktemp("map"), patch_size=PATCH)
+    writer.write_case(
+        "a", instances.astype(np.float32)[None],
+        grid=Grid.from_parts(instances.shape, (1.0, 1.0, 1.0)), boxes=boxes,
+        labels=np.arange(len(boxes)), instances=instances,
+    )  # fmt: skip
+    writer.finish()
+    return CaseStore.open(writer.root)
 
 
 @pytest.mark.parametrize("numbers", [(3, 900), (7, 3_000_000)])

@@ -1,5 +1,7 @@
 """What a config becomes: which network, with which head, heads' start and losses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from voxelbridge.detect.build import (
     build_detector,
     build_objective,
     load_detect_config,
+    resolve_detect_config,
 )
 from voxelbridge.detect.deformable_detr import BoxHead, DeformableDETR
 from voxelbridge.detect.objective import DETRObjective, RetinaObjective
+from voxelbridge.detect.plan import Plan
 from voxelbridge.detect.retina_unet import RetinaUNet
 
 
@@ -52,6 +56,35 @@ def test_queries_are_the_configs_else_the_plans_else_300() -> None:
     assert small_detr(queries=50).transformer.queries == 24
     assert small_detr("detector.queries=null", queries=50).transformer.queries == 50
     assert small_detr("detector.queries=null").transformer.queries == DEFAULT_QUERIES == 300
+
+
+PLAN = Plan.model_construct(
+    patch_size=(32, 64, 64),
+    head_levels=(1, 2),
+    features=(32, 64, 128),
+    strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)),
+    kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)),
+)
+
+
+def test_a_plan_replaces_what_a_base_states_and_not_what_the_preset_itself_states(
+    tmp_path: Path,
+) -> None:
+    preset = tmp_path / "own.toml"
+    preset.write_text('extends = "resenc_retunet"\narchitecture = "plan"\n')
+    resolved = resolve_detect_config(str(preset), plan=PLAN)
+    assert resolved.config.patch_size == PLAN.patch_size
+    assert resolved.config.detector.head_levels == PLAN.head_levels
+    assert resolved.origins["patch_size"] == resolved.origins["stages.strides"] == "plan"
+    assert resolved.origins["batch_size"] == "resenc_retunet.toml"
+    beside = tmp_path / "beside.toml"
+    beside.write_text('extends = "own.toml"\npatch_size = [64, 64, 64]\n')
+    config = load_detect_config(str(beside), plan=PLAN)
+    assert (config.patch_size, config.stages is None) == ((64, 64, 64), False)
+    with pytest.raises(ConfigError, match="name the store with --store"):
+        load_detect_config(str(beside))
+    unplanned = load_detect_config(str(beside), ["architecture=preset"])
+    assert unplanned.stages is None
 
 
 def test_first_class_probabilities_are_the_prior() -> None:

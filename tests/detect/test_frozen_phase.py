@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from voxelbridge.core.train.averaging import EMA, Averager
 from voxelbridge.core.train.distributed import World
-from voxelbridge.core.train.optim import AdamW, build_optimizer
+from voxelbridge.core.train.optim import SGD, AdamW, build_optimizer
 from voxelbridge.core.train.schedule import FrozenPhase, PolySchedule, frozen_parts_at
 from voxelbridge.core.train.steps import StepResult, train_steps
 from voxelbridge.detect.batches import DetectionBatch
@@ -87,6 +88,28 @@ def test_frozen_encoder_keeps_nothing_and_moves_nothing(preset: str) -> None:
         assert all((p.grad is None) is frozen for p in encoder.parameters())
         after = encoder.state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before) is frozen
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("optim", [SGD(momentum=0.9, weight_decay=0.1), AdamW(weight_decay=0.1)])
+def test_momentum_from_before_and_an_average_move_no_bit_of_a_frozen_encoder(
+    preset: str, optim: SGD | AdamW
+) -> None:
+    objective, world = objective_of(preset), World(torch.device("cpu"))
+    optimizer = build_optimizer(optim, objective)
+    for _ in steps(objective, optimizer, world=world, first=2, last=3):  # everything trains
+        pass
+    encoder = objective.get_submodule("detector.encoder")
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    assert all(len(optimizer.state[parameter]) > 0 for parameter in encoder.parameters())
+    averager = Averager(EMA(decay=0.9), objective, steps=4)
+    averager.after_steps(0)
+    for result in steps(objective, optimizer, world=world, last=2):
+        averager.after_steps(result.step + 1)
+        with averager.applied():
+            averaged = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+        for state in (averaged, encoder.state_dict()):
+            assert all(torch.equal(before[name], state[name]) for name in before)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

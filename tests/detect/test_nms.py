@@ -44,6 +44,15 @@ def test_nms_over_several_blocks_equals_the_plain_loop(threshold: float) -> None
     assert nms(boxes, scores, threshold).tolist() == plain_nms(boxes, scores, threshold)
 
 
+@pytest.mark.parametrize("limit", [1, 7, 300])
+def test_a_limit_gives_the_first_survivors(limit: int) -> None:
+    boxes, scores = clustered_boxes(900, seed=4)
+    labels = torch.arange(900) % 5
+    everything = batched_nms(boxes, scores, labels, 0.05)
+    assert torch.equal(batched_nms(boxes, scores, labels, 0.05, limit=limit), everything[:limit])
+    assert torch.equal(nms(boxes, scores, 0.05, limit=limit), nms(boxes, scores, 0.05)[:limit])
+
+
 def test_a_chain_of_overlaps_is_settled_from_the_best_box() -> None:
     # Each box overlaps its neighbours only: the first, third, fifth ... survive.
     start = torch.arange(300.0)

@@ -22,6 +22,7 @@ from voxelbridge.detect.evaluate.assign import true_positive_flags
 from voxelbridge.detect.evaluate.metrics import compute_metrics
 from voxelbridge.detect.evaluate.tables import BoxTable
 from voxelbridge.detect.report import Arm, CaseImage, write_report
+from voxelbridge.detect.report_curves import validation_charts, without_validation_figures
 from voxelbridge.detect.report_images import MAX_SIDE, case_pictures, pictures_size
 from voxelbridge.detect.report_outcomes import (
     FALSE,
@@ -264,6 +265,23 @@ def test_records_without_losses_or_with_broken_values_are_drawn(write: Callable[
     )
     assert "scratch 3" in "".join(page.text)
     assert not re.search(r'd="[^"]*nan', page.source)
+
+
+def test_curves_of_the_validation_are_drawn_apart_from_the_losses() -> None:
+    first = [
+        {"step": 1, "loss": 2.0, "val_map_range": 0.1},
+        {"step": 3, "loss": 1.0, "val_map_range": 0.4, "val_case_map_range": 0.2},
+        {"step": 5, "val_map_range": 0.3, "val_case_failed": 1.0},
+    ]
+    charts = validation_charts([("a", first), ("b", [{"step": 1, "val_map_range": 0.2}])])
+    assert "patches: mAP@0.10:0.50" in charts
+    assert "0.300, highest 0.400" in charts
+    assert "0.200, highest 0.200" in charts
+    assert "whole cases: mAP@0.10:0.50" in charts
+    assert "FROC" not in charts
+    assert validation_charts([("a", [{"step": 1, "loss": 2.0}])]) == ""
+    left = without_validation_figures(first)
+    assert left == [{"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.0}, {"step": 5}]
 
 
 def test_arms_need_different_names(write: Callable[..., Page]) -> None:

@@ -68,6 +68,24 @@ def test_clustering_equals_the_plain_loop(
     torch.testing.assert_close(result.boxes, boxes, rtol=1e-5, atol=1e-5)
 
 
+def test_clustering_over_several_blocks_equals_the_plain_loop() -> None:
+    generator = torch.Generator().manual_seed(5)
+    low = torch.randint(0, 22, (280, 3), generator=generator).float()
+    size = torch.randint(0, 9, (280, 3), generator=generator).float()
+    found = Detections(
+        boxes=torch.cat([low, low + size], 1),
+        scores=torch.randint(1, 40, (280,), generator=generator).float() / 40,
+        labels=torch.zeros(280, dtype=torch.int64),
+    )
+    ones = torch.ones(280)
+    result = weighted_box_clustering(found, ones, iou_threshold=0.2, expected=4 * ones)
+    plain = plain_clustering(found, ones, 4 * ones, 0.2, by_volume=False)
+    assert len(plain) > 128
+    assert result.scores.tolist() == pytest.approx([score for _, score, _ in plain], abs=1e-5)
+    boxes = torch.tensor([box for _, _, box in plain])
+    torch.testing.assert_close(result.boxes, boxes, rtol=1e-5, atol=1e-5)
+
+
 def test_two_boxes_of_eight_expected_give_the_measured_value() -> None:
     found = Detections(
         boxes=torch.tensor([[0.0, 0, 0, 10, 10, 10], [1.0, 0, 0, 11, 10, 10]]),

@@ -89,8 +89,9 @@ def test_a_killed_training_goes_on_bit_identically(raw_dataset: Path, tmp_path: 
     second = read_metrics(killed / "metrics.jsonl")
     assert [record["step"] for record in first] == list(range(STEPS))
     assert first == second
-    weights = Path("checkpoints") / "detector.safetensors"
-    assert (undisturbed / weights).read_bytes() == (killed / weights).read_bytes()
+    for name in ("detector.safetensors", "best.safetensors", "best.json"):
+        weights = Path("checkpoints") / name
+        assert (undisturbed / weights).read_bytes() == (killed / weights).read_bytes(), name
     assert list(killed.rglob(".partial-*")) == []
 
 
@@ -101,6 +102,8 @@ def _train(store: Path, run: Path) -> subprocess.Popen[bytes]:
         "schedule.warmup_steps": "2",
         "log_every_steps": "1",
         "checkpoint_every_steps": "4",
+        "validation_batches": "1",
+        "validate_every_steps": "3",
     }
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return subprocess.Popen(

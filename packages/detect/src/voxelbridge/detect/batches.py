@@ -2,29 +2,31 @@
 
 nnDetection's sampling (arXiv 2106.00817): a part of each batch is placed on a random object of the
 whole data set, the rest anywhere; boxes cut by the patch keep their visible part. The transform is
-drawn first and only the voxels that it needs are read (core.data.augment).
+drawn first and only the voxels that it needs are read (core.data.augment). What is not done while
+reading waits for the batch to come to its device (`on_device`): intensities always, and with
+`defer` turning and scaling too.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
-from voxelbridge.core.data.augment import SpatialAugmentation, SpatialParams
+from voxelbridge.core.data.augment import SpatialAugmentation
+from voxelbridge.core.data.augment_device import SourceBoxes, apply_labels_on, label_extents
+from voxelbridge.core.data.augment_intensity import IntensityAugmentation, IntensityParams
 from voxelbridge.core.data.case_store import CaseStore
-from voxelbridge.core.data.foreground import boxes_from_instances
-from voxelbridge.core.data.patches import boxes_in_patch, object_start, uniform_start
+from voxelbridge.core.data.patches import object_start, uniform_start
 from voxelbridge.detect.detections import Targets
+from voxelbridge.detect.patch_objects import CaseObjects, PatchObjects, Triple
+from voxelbridge.detect.patch_sources import BoxMasks, Sample, Source, read_source
 
-MIN_VISIBLE_VOXELS = 1.0  # per axis: less of an object cannot be seen in a patch
-CUT_TOLERANCE = 1e-3  # voxels outside the patch that do not make an object a cut one
-Triple = tuple[int, int, int]
-BoxMasks = Literal["none", "ellipsoid"]
+UNCHANGED = IntensityAugmentation.none()
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,98 @@ class DetectionBatch:
         )
 
 
-@dataclass(frozen=True)
-class CaseObjects:
-    """What sampling needs of one case: its shape and its objects, in voxels of the stored grid."""
+@dataclass(frozen=True, eq=False)
+class SourceBatch:
+    """Patches before they are turned and scaled; their parameters and boxes stay on the CPU."""
 
-    shape: Triple
-    boxes: NDArray[np.float32]  # (N, 6)
-    labels: NDArray[np.int64]  # (N,)
-    has_instances: bool
+    images: SourceBoxes
+    instances: tuple[Tensor | None, ...]  # source boxes (*size) of the same params
+    drawn: tuple[Tensor | None, ...]  # foreground (*patch_size) made of boxes
+    objects: tuple[PatchObjects, ...]
+
+    def apply(self, device: torch.device) -> DetectionBatch:
+        """The patches, made on `device`; waits for it once, where boxes depend on its voxels."""
+        maps = [
+            None if source is None else apply_labels_on(source.to(device, non_blocking=True), drawn)
+            for source, drawn in zip(self.instances, self.images.params, strict=True)
+        ]
+        masks = [
+            (None if own is None else own.to(device)) if labels is None else labels > 0
+            for labels, own in zip(maps, self.drawn, strict=True)
+        ]
+        known = [mask for mask in masks if mask is not None]
+        return DetectionBatch(
+            image=self.images.to(device).apply(),
+            targets=tuple(target.to(device) for target in self._targets(maps)),
+            foreground=torch.stack(known) if len(known) == len(masks) else None,
+        )
+
+    def _targets(self, maps: Sequence[Tensor | None]) -> list[Targets]:
+        extents = [
+            label_extents(labels, count=len(objects.labels))
+            for labels, objects in zip(maps, self.objects, strict=True)
+            if labels is not None and len(objects.uncertain)
+        ]
+        tables = iter(
+            torch.cat(extents).cpu().split([len(rows) for rows in extents]) if extents else ()
+        )
+        targets = []
+        for objects in self.objects:
+            table = next(tables).numpy() if len(objects.uncertain) else np.zeros((0, 6))
+            ids = 1 + np.flatnonzero(table[:, 0] >= 0)
+            boxes, labels = objects.boxed(ids, table[ids - 1].astype(np.float32))
+            targets.append(Targets(torch.from_numpy(boxes), torch.from_numpy(labels)))
+        return targets
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBatch:
+    """What a loader process hands over: patches or their sources, and what is left to do."""
+
+    patches: DetectionBatch | SourceBatch
+    intensity: Tensor | None  # (B, C, 12) `IntensityParams.to_array()`
+
+    def finish(self, device: torch.device) -> DetectionBatch:
+        """The batch on `device`: turned, scaled, boxed and with its intensities changed."""
+        match self.patches:
+            case DetectionBatch():
+                batch = self.patches.to(device)
+            case SourceBatch():
+                batch = self.patches.apply(device)
+        if self.intensity is None:
+            return batch
+        params = IntensityParams.from_array(self.intensity.numpy())
+        return replace(batch, image=params.apply(batch.image))
+
+
+def on_device(batches: Iterable[LoadedBatch], device: torch.device) -> Iterator[DetectionBatch]:
+    """The batches on `device`, with what was left to do there done."""
+    for batch in batches:
+        yield batch.finish(device)
 
 
 @dataclass(frozen=True)
 class PatchSampler:
-    """`sampler(step, rng)` gives the batch of a training step; it reads just its patches."""
+    """`sampler(number, rng)` gives the patches of one forward pass; it reads just these.
+
+    Their intensities are as stored. `sampler.load(number, rng)` is for training: the same patches
+    with what `on_device` needs to change intensities, and with `defer` to turn and scale. With
+    several ranks `rng` must be the same on all of them: each draws its own patches of the job's
+    batch, and together they are those that one process draws.
+    """
 
     store: CaseStore
     cases: Mapping[str, CaseObjects]
     patch_size: Triple
-    batch_size: int
-    object_fraction: float
+    batch_size: int  # patches of one forward pass of one rank
+    object_fraction: float  # of the patches of an optimizer step, all ranks and parts together
     augmentation: SpatialAugmentation
     box_masks: BoxMasks = "none"  # foreground of cases that have boxes only
+    intensity: IntensityAugmentation = UNCHANGED
+    defer: bool = False  # leave turning and scaling to `on_device`
+    rank: int = 0
+    ranks: int = 1
+    parts: int = 1  # forward passes of an optimizer step
 
     @cached_property
     def _names(self) -> list[str]:
@@ -77,16 +150,42 @@ class PatchSampler:
         """Objects of the first case, of the first two, ...: once, not for every patch."""
         return np.cumsum([len(case.boxes) for case in self.cases.values()])
 
-    def __call__(self, step: int, rng: np.random.Generator) -> DetectionBatch:
-        del step  # all randomness of a step is in its generator
-        num_on_objects = round(self.batch_size * self.object_fraction)
-        samples = [
-            self._sample(rng, on_object=index >= self.batch_size - num_on_objects)
-            for index in range(self.batch_size)
-        ]
-        return collate(samples)
+    def __call__(self, number: int, rng: np.random.Generator) -> DetectionBatch:
+        """Patches turned, scaled and boxed; `intensity` and `defer` do not count."""
+        return collate([source.transformed() for source, _ in self._sources(number, rng)])
 
-    def _sample(self, rng: np.random.Generator, *, on_object: bool) -> "Sample":
+    def load(self, number: int, rng: np.random.Generator) -> LoadedBatch:
+        """The same patches, with what is left to `on_device`."""
+        sources, streams = zip(*self._sources(number, rng), strict=True)
+        patches = (
+            collate_sources(sources)
+            if self.defer
+            else collate([source.transformed() for source in sources])
+        )
+        if self.intensity.changes_nothing:
+            return LoadedBatch(patches, None)
+        changes = [
+            self.intensity.sample(stream, len(source.image)).to_array()
+            for source, stream in zip(sources, streams, strict=True)
+        ]
+        return LoadedBatch(patches, torch.from_numpy(np.stack(changes)))
+
+    def _sources(
+        self, number: int, rng: np.random.Generator
+    ) -> list[tuple[Source, np.random.Generator]]:
+        """What each patch is made of, and the random stream that drew it."""
+        total = self.batch_size * self.ranks * self.parts
+        first_on_object = total - round(total * self.object_fraction)
+        streams = rng.spawn(self.batch_size * self.ranks)[self.rank :: self.ranks]
+        # Places in the step's batch are dealt out in turn: every rank and part has objects.
+        first = (number % self.parts) * self.ranks + self.rank
+        places = range(first, total, self.ranks * self.parts)
+        return [
+            (self._draw(stream, on_object=place >= first_on_object), stream)
+            for stream, place in zip(streams, places, strict=True)
+        ]
+
+    def _draw(self, rng: np.random.Generator, *, on_object: bool) -> Source:
         params = self.augmentation.sample(rng, self.patch_size)
         num_objects = int(self._objects_up_to[-1])
         if on_object and num_objects > 0:
@@ -102,17 +201,7 @@ class PatchSampler:
             name = self._names[int(rng.integers(len(self._names)))]
             case = self.cases[name]
             start = uniform_start(rng, case.shape, self.patch_size)
-        return read_sample(self.store, name, case, start, params, box_masks=self.box_masks)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One patch: image (C, D, H, W), boxes (N, 6) in its voxel edges, labels, foreground."""
-
-    image: NDArray[np.float32]
-    boxes: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    foreground: NDArray[np.bool_] | None
+        return read_source(self.store, name, case, start, params, box_masks=self.box_masks)
 
 
 def case_objects(store: CaseStore, case_ids: Sequence[str]) -> dict[str, CaseObjects]:
@@ -130,84 +219,6 @@ def case_objects(store: CaseStore, case_ids: Sequence[str]) -> dict[str, CaseObj
     return table
 
 
-def read_sample(
-    store: CaseStore,
-    case_id: str,
-    case: CaseObjects,
-    start: Sequence[int],
-    params: SpatialParams,
-    *,
-    box_masks: BoxMasks = "none",
-) -> Sample:
-    """The patch at `start` as `params` shows it, 0 where it leaves the volume.
-
-    Where the case has voxel labels, objects that are rotated or cut by the patch are boxed anew,
-    tightly around the voxels that are left; an object without any is dropped. Boxes-only cases keep
-    the transformed boxes and get the `foreground` that `box_masks` names.
-    """
-    first, size = params.source_box(start)
-    image = params.apply_image(store.read_patch(case_id, first, size, pad_value=0.0))
-    whole = params.apply_boxes(case.boxes, start=start)
-    boxes, rows = crop_boxes(whole, (0, 0, 0), params.patch_size)
-    foreground = None
-    if case.has_instances:
-        stored = store.read_instances_patch(case_id, first, size, pad_value=0)
-        instances = params.apply_labels(stored)
-        foreground = instances > 0
-        boxes, rows = _boxes_of_voxels(whole, boxes, rows, instances, params)
-    elif box_masks == "ellipsoid":
-        near, _ = boxes_in_patch(whole, (0, 0, 0), params.patch_size)
-        foreground = params.draw_ellipsoids(case.boxes, start=start) if len(near) else None
-        if foreground is None:
-            foreground = np.zeros(params.patch_size, dtype=bool)
-    return Sample(image=image, boxes=boxes, labels=case.labels[rows], foreground=foreground)
-
-
-def _boxes_of_voxels(
-    whole: NDArray[np.float64],
-    boxes: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    instances: NDArray[np.int32],
-    params: SpatialParams,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Boxes and rows with those that need it taken from the patch's map, in which row n is n + 1.
-
-    `whole` are the boxes of all rows before they were cut, `boxes` the visible parts of `rows`.
-    """
-    if params.axis_aligned:
-        size = np.asarray(params.patch_size, dtype=np.float64)
-        outside = np.concatenate([-whole[rows, :3], whole[rows, 3:] - size], axis=1)
-        renewed = (outside > CUT_TOLERANCE).any(axis=1)
-        if not renewed.any():
-            return boxes, rows
-        kept, kept_rows = boxes[~renewed], rows[~renewed]
-        candidates = rows[renewed]
-    else:  # the estimate may have missed a corner of an object, so all rows are looked for
-        kept, kept_rows = boxes[:0], rows[:0]
-        candidates = np.arange(len(whole))
-    ids, tight = boxes_from_instances(instances)
-    found = np.isin(ids - 1, candidates)
-    all_boxes = np.concatenate([kept, tight[found]])
-    all_rows = np.concatenate([kept_rows, ids[found] - 1])
-    order = np.argsort(all_rows)
-    return all_boxes[order], all_rows[order]
-
-
-def crop_boxes(
-    boxes: ArrayLike, start: Sequence[int], size: Sequence[int]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Visible parts (M, 6) of boxes (N, 6) in a patch, in its voxel edges, and their rows (M,).
-
-    Slices thinner than a voxel (and than the object itself) are left out: nobody can see them.
-    """
-    visible, rows = boxes_in_patch(boxes, start, size)
-    edges = np.asarray(boxes, dtype=np.float64).reshape(-1, 6)
-    whole = edges[rows, 3:] - edges[rows, :3]
-    seen = visible[:, 3:] - visible[:, :3] >= np.minimum(MIN_VISIBLE_VOXELS, whole) - 1e-4
-    kept = np.flatnonzero(seen.all(axis=1))
-    return visible[kept], rows[kept]
-
-
 def collate(samples: Sequence[Sample]) -> DetectionBatch:
     """Samples of equal patch size as one batch of tensors."""
     masks = [sample.foreground for sample in samples if sample.foreground is not None]
@@ -218,4 +229,21 @@ def collate(samples: Sequence[Sample]) -> DetectionBatch:
             for sample in samples
         ),
         foreground=torch.from_numpy(np.stack(masks)) if len(masks) == len(samples) else None,
+    )
+
+
+def collate_sources(sources: Sequence[Source]) -> SourceBatch:
+    """Sources of equal patch size as one batch of tensors, each of its own size."""
+
+    def tensor(array: NDArray[Any] | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
+
+    return SourceBatch(
+        images=SourceBoxes(
+            tuple(torch.from_numpy(np.ascontiguousarray(source.image)) for source in sources),
+            tuple(source.params for source in sources),
+        ),
+        instances=tuple(tensor(source.instances) for source in sources),
+        drawn=tuple(tensor(source.drawn) for source in sources),
+        objects=tuple(source.objects for source in sources),
     )

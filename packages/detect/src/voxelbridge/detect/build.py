@@ -1,7 +1,6 @@
 """The one place where a configuration and a plan become modules."""
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
@@ -12,13 +11,24 @@ from voxelbridge.core.arch.config import cumulative_strides
 from voxelbridge.core.arch.encoder import Encoder, build_encoder
 from voxelbridge.core.arch.init import initialize
 from voxelbridge.core.arch.ufpn import UFPN
-from voxelbridge.core.config import Tree, flatten, load_config, preset_path
+from voxelbridge.core.config import (
+    Resolved,
+    flatten,
+    load_config,
+    merged_settings,
+    preset_path,
+    read_layers,
+    validate,
+)
 from voxelbridge.core.errors import ConfigError
 from voxelbridge.detect.anchor_planning import AnchorSizes, default_anchor_sizes
 from voxelbridge.detect.config import (
     DeformableDETRConfig,
     DetectConfig,
+    InitParts,
+    LinearTuning,
     RetinaUNetConfig,
+    TuneName,
     encoder_config,
 )
 from voxelbridge.detect.deform_transformer import DecoderBlock, DeformableTransformer, EncoderBlock
@@ -98,21 +108,57 @@ def load_detect_config(
     Where it says `architecture = "plan"`, patch size, head levels and stages come from `plan`. What
     such a file states itself stays; `--set architecture=plan` replaces what the preset states.
     """
+    return resolve_detect_config(preset, overrides, plan=plan).config
+
+
+def resolve_detect_config(
+    preset: str, overrides: Sequence[str] = (), *, plan: "Plan | None" = None
+) -> Resolved[DetectConfig]:
+    """As `load_detect_config`, with the origin of every value; "plan" for those of the plan."""
     path = preset_path("voxelbridge.detect", preset)
-    stated = _stated(path)
-    chosen = [text.partition("=")[2] for text in overrides if text.startswith("architecture=")]
-    if (chosen[-1] if chosen else stated.get("architecture")) != "plan":
-        return load_config(DetectConfig, path, overrides).config
-    if path.suffix == ".json" and not chosen:  # a run's own config: the plan is in it already
-        return load_config(DetectConfig, path, overrides).config
+    own = None if _asks_for(overrides, "preset") else _stated_beside_the_plan(path)
+    if _asks_for(overrides, "plan"):
+        own = set()
+    if own is None:
+        return _settled(load_config(DetectConfig, path, overrides))
     if plan is None:
         raise ConfigError(
             f'{preset}: architecture = "plan" takes patch size and stages from a store\'s plan; '
             "name the store with --store"
         )
-    own = set() if chosen else set(flatten(stated))
     planned = [text for text in _plan_settings(plan) if text.partition("=")[0] not in own]
-    return load_config(DetectConfig, path, [*planned, *overrides]).config
+    resolved = load_config(DetectConfig, path, [*planned, *overrides])
+    given = {text.partition("=")[0] for text in overrides}
+    keys = {text.partition("=")[0] for text in planned} - given
+    origins = {key: "plan" if key in keys else name for key, name in resolved.origins.items()}
+    return _settled(Resolved(resolved.config, origins))
+
+
+def with_arguments(
+    preset: str,
+    overrides: Sequence[str],
+    *,
+    stem: str | None = None,
+    init_parts: InitParts | None = None,
+    tune: TuneName | None = None,
+) -> list[str]:
+    """`overrides` with what arguments of a command say about settings; they win over `--set`.
+
+    `tune` keeps the figures (rank, alpha) of a preset that tunes in the same way.
+    """
+    path = preset_path("voxelbridge.detect", preset)
+    before: list[str] = []
+    after: list[str] = []
+    if stem is not None:
+        after.append(f"transfer.stem={stem}")
+    if init_parts is not None:
+        after.append(f"transfer.parts={init_parts}")
+    if tune is not None:
+        stated = merged_settings(DetectConfig, path).get("tune")
+        if not (isinstance(stated, dict) and stated.get("name") == tune):
+            before.append(f"tune={json.dumps({'name': tune})}")
+        after.append(f"tune.name={tune}")
+    return [*before, *overrides, *after]
 
 
 def head_strides(config: DetectConfig) -> tuple[Triple, ...]:
@@ -121,14 +167,41 @@ def head_strides(config: DetectConfig) -> tuple[Triple, ...]:
     return tuple(strides[level] for level in config.detector.head_levels)
 
 
-def _stated(path: Path) -> Tree:
-    """The settings in a preset file; none where it is broken: `load_config` says what is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
+def _asks_for(overrides: Sequence[str], architecture: str) -> bool:
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("architecture=")]
+    return bool(chosen) and chosen[-1] == architecture
+
+
+def _stated_beside_the_plan(path: Path) -> set[str] | None:
+    """Keys that win over the plan's where the preset takes a plan; None where it takes none.
+
+    Those of the file that says so and of the files that extend it. A run's own config, which has
+    its plan in it, takes none.
+    """
+    own: set[str] = set()
+    for layer in read_layers(DetectConfig, path):
+        own |= set(flatten(layer.tree))
+        if "architecture" in layer.tree:
+            is_planned = layer.tree["architecture"] == "plan" and layer.source.suffix != ".json"
+            return own if is_planned else None
+    return None
+
+
+def _settled(resolved: Resolved[DetectConfig]) -> Resolved[DetectConfig]:
+    """Without the phase of a frozen encoder, and its steps, where the encoder never trains."""
+    config = resolved.config
+    frozen = config.schedule.frozen
+    if not isinstance(config.tune, LinearTuning) or frozen is None:
+        return resolved
+    if any(part.split(".")[:2] != ["detector", "encoder"] for part in frozen.parts):
+        return resolved
+    schedule = config.schedule.model_copy(
+        update={"steps": config.schedule.steps - frozen.steps, "frozen": None}
+    )
+    origins = {k: v for k, v in resolved.origins.items() if not k.startswith("schedule.frozen.")}
+    origins |= {"schedule.frozen": "tune", "schedule.steps": "tune"}
+    tree = config.model_copy(update={"schedule": schedule}).model_dump(mode="json")
+    return Resolved(validate(DetectConfig, tree, where="tune linear"), origins)
 
 
 def _plan_settings(plan: "Plan") -> list[str]:

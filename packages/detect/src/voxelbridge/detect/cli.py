@@ -22,6 +22,27 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the preset; repeatable."),
 ]
 Store = Annotated[Path, typer.Option(help="Case store written by `prepare`.")]
+RunStore = Annotated[
+    Path | None, typer.Option(help="Store of the runs; default: where their training found it.")
+]
+Objective = Annotated[
+    Literal["map_range", "map_0.10", "map_0.30", "map_0.50", "froc_0.10", "froc_0.30"],
+    typer.Option(help="What is to be large; map_range is the mean AP at IoU 0.10 to 0.50."),
+]
+SkippedSteps = Annotated[
+    list[str] | None,
+    typer.Option(help="Setting to leave alone, such as min_size for tiny lesions; repeatable."),
+]
+SweptSteps = Annotated[
+    list[str] | None, typer.Option(help="Setting to try, the others left alone; repeatable.")
+]
+SweepTTA = Annotated[
+    int, typer.Option(min=0, max=8, help="Mirrored copies: 0 none, 4 in-plane, 8 all axes.")
+]
+Weights = Annotated[
+    Literal["last", "best"], typer.Option(help="After the last step, or best on validation.")
+]
+Mergers = Annotated[int, typer.Option(min=0, help="Processes that merge boxes.")]
 
 
 @app.command()
@@ -159,15 +180,26 @@ def train(
         Path | None, typer.Option(help="Checkpoint (.safetensors) whose encoder is taken over.")
     ] = None,
     stem: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="First layer: checkpoint (equal channels), random, replicate, or a stem's name."
+            help="First layer: checkpoint (equal channels), random, replicate, or a stem's name; "
+            "default: the preset's transfer.stem (checkpoint)."
         ),
-    ] = "checkpoint",
+    ] = None,
     init_parts: Annotated[
-        Literal["encoder", "encoder+decoder"],
-        typer.Option(help="What is taken over; the decoder is a Retina U-Net's pyramid (U-FPN)."),
-    ] = "encoder",
+        Literal["encoder", "encoder+decoder"] | None,
+        typer.Option(
+            help="What is taken over; the decoder is a Retina U-Net's pyramid (U-FPN). "
+            "Default: the preset's transfer.parts (encoder)."
+        ),
+    ] = None,
+    tune: Annotated[
+        Literal["linear", "lora", "full"] | None,
+        typer.Option(
+            help="linear = the encoder stays frozen, lora = low-rank updates of its convolutions, "
+            "full = all weights. Default: the preset's (full)."
+        ),
+    ] = None,
     fold: Annotated[int, typer.Option(min=0, help="Fold that is held out.")] = 0,
     overrides: Overrides = None,
     device: Device = "auto",
@@ -184,8 +216,8 @@ def train(
 
     run_train(
         preset, store=store, run=run, overrides=overrides or [], init=init, stem=stem,
-        init_parts=init_parts, fold=fold, device=device, workers=workers, dry_run=dry_run,
-        tensorboard=tensorboard,
+        init_parts=init_parts, tune=tune, fold=fold, device=device, workers=workers,
+        dry_run=dry_run, tensorboard=tensorboard,
     )  # fmt: skip
 
 
@@ -193,16 +225,25 @@ def train(
 def predict(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; several are an ensemble.")],
     images: Annotated[list[Path], typer.Option(help="Folder or file, DICOM too; repeatable.")],
-    out: Annotated[Path, typer.Option(help="Folder to write tables, JSON and pictures to.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; cases that it holds are skipped.")],
     tta: Annotated[
         int, typer.Option(min=0, max=8, help="Mirrored copies: 0 none, 4 in-plane, 8 all axes.")
     ] = 0,
     min_score: Annotated[float, typer.Option(min=0, max=1, help="Drop boxes below.")] = 0.0,
-    max_boxes: Annotated[int, typer.Option(min=1, help="Boxes in the 3D Slicer file.")] = 50,
+    max_boxes: Annotated[
+        int, typer.Option(min=1, help="Best boxes for the 3D Slicer file and the DICOM SR.")
+    ] = 50,
     allow: Annotated[
         list[str] | None,
         typer.Option(help="Accept in DICOM: gap, varying_spacing, duplicate, mixed_geometry."),
     ] = None,
+    weights: Weights = "last",
+    dicom_sr: Annotated[
+        bool, typer.Option("--dicom-sr", help="DICOM input: write a structured report too.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Predict the cases that OUT holds again.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Predict boxes for images: CSV for the set; JSON, 3D Slicer markups and a picture per case."""
@@ -210,16 +251,128 @@ def predict(
 
     predict_cases(
         runs, images, out, device=device, num_mirrorings=tta, min_score=min_score,
-        max_markups=max_boxes, allow=allow or [],
+        max_markups=max_boxes, allow=allow or [], weights=weights, dicom_sr=dicom_sr,
+        overwrite=overwrite,
     )  # fmt: skip
 
 
 @app.command()
+def sweep(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories; several folds get one setting.")
+    ],
+    store: RunStore = None,
+    objective: Objective = "map_range",
+    only: SweptSteps = None,
+    skip: SkippedSteps = None,
+    tta: SweepTTA = 8,
+    weights: Weights = "last",
+    device: Device = "auto",
+    workers: Mergers = 2,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what is written to the runs.")
+    ] = False,
+) -> None:
+    """Choose the post-processing on the held-out cases; `predict` then uses it."""
+    from voxelbridge.detect.sweep import chosen_steps, run_sweep
+
+    run_sweep(
+        runs, store=store, objective=objective,
+        steps=chosen_steps(only=only or [], skip=skip or []), num_mirrorings=tta,
+        weights=weights, device=device, workers=workers, as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command(name="cross-validate")
+def cross_validate(
+    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a TOML file.")],
+    store: Store,
+    out: Annotated[Path, typer.Option(help="Folder for fold_0, fold_1, ... and the results.")],
+    folds: Annotated[
+        str | None, typer.Option(help="Such as 0,1,2 or 0-4; default: all of the store.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint (.safetensors) whose encoder is taken over.")
+    ] = None,
+    stem: Annotated[str | None, typer.Option(help="First layer, as in `train`.")] = None,
+    init_parts: Annotated[
+        Literal["encoder", "encoder+decoder"] | None, typer.Option(help="As in `train`.")
+    ] = None,
+    tune: Annotated[
+        Literal["linear", "lora", "full"] | None, typer.Option(help="As in `train`.")
+    ] = None,
+    overrides: Overrides = None,
+    objective: Objective = "map_range",
+    skip: SkippedSteps = None,
+    tta: SweepTTA = 8,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Resamplings of the images for 95 % intervals.")
+    ] = 0,
+    device: Device = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load, then merge.")] = 2,
+) -> None:
+    """Train fold after fold, then test every case by the run that did not see it."""
+    from voxelbridge.detect.cross_validation import out_of_fold as run_out_of_fold
+    from voxelbridge.detect.cross_validation import parse_folds, train_folds
+    from voxelbridge.detect.cross_validation import report as report_figures
+    from voxelbridge.detect.sweep import chosen_steps
+
+    steps = chosen_steps(only=[], skip=skip or [])
+    runs = train_folds(
+        preset, store=store, out=out, folds=parse_folds(folds), overrides=overrides or [],
+        init=init, stem=stem, init_parts=init_parts, tune=tune, device=device, workers=workers,
+    )  # fmt: skip
+    if runs is None:
+        return
+    result = run_out_of_fold(
+        runs, out, store=store, objective=objective, steps=steps, num_mirrorings=tta,
+        bootstrap=bootstrap, device=device, workers=workers,
+    )  # fmt: skip
+    report_figures(result, out)
+
+
+@app.command(name="out-of-fold")
+def out_of_fold(
+    runs: Annotated[list[Path], typer.Argument(help="Runs on different folds of one store.")],
+    out: Annotated[Path, typer.Option(help="Folder to write tables and metrics to.")],
+    store: RunStore = None,
+    objective: Objective = "map_range",
+    skip: SkippedSteps = None,
+    no_sweep: Annotated[
+        bool, typer.Option("--no-sweep", help="Keep the post-processing that the runs have.")
+    ] = False,
+    tta: SweepTTA = 8,
+    weights: Weights = "last",
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Resamplings of the images for 95 % intervals.")
+    ] = 0,
+    device: Device = "auto",
+    workers: Mergers = 2,
+) -> None:
+    """Test finished runs, each on the cases that it held out, and sweep over all of them."""
+    from voxelbridge.detect.cross_validation import out_of_fold as run_out_of_fold
+    from voxelbridge.detect.cross_validation import report as report_figures
+    from voxelbridge.detect.sweep import chosen_steps
+
+    steps = () if no_sweep else chosen_steps(only=[], skip=skip or [])
+    result = run_out_of_fold(
+        runs, out, store=store, objective=objective, steps=steps, num_mirrorings=tta,
+        weights=weights, bootstrap=bootstrap, device=device, workers=workers,
+    )  # fmt: skip
+    report_figures(result, out)
+
+
+@app.command()
 def evaluate(
-    ground_truth: Annotated[Path, typer.Option(help="CSV: case_id,label,z0,y0,x0,z1,y1,x1.")],
+    ground_truth: Annotated[
+        Path, typer.Option(help="CSV (case_id,label,z0,y0,x0,z1,y1,x1), raw data set, or store.")
+    ],
     predictions: Annotated[Path, typer.Option(help="CSV: the same with a score after label.")],
-    cases: Annotated[Path, typer.Option(help="CSV: case_id of every evaluated case, in order.")],
     output: Annotated[Path, typer.Option(help="metrics.json to write.")],
+    cases: Annotated[
+        Path | None,
+        typer.Option(help="CSV: case_id of every evaluated case; default: beside the predictions."),
+    ] = None,
     convention: Annotated[
         Literal["clean", "nndetection"],
         typer.Option(help="nndetection reproduces that program's absent classes and NaN."),
@@ -227,16 +380,45 @@ def evaluate(
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="Number of classes; default: as the tables show.")
     ] = None,
+    iou: Annotated[
+        list[float] | None,
+        typer.Option(help="IoU threshold beside the standard ones, AP and FROC; repeatable."),
+    ] = None,
+    fppi: Annotated[
+        list[float] | None,
+        typer.Option(help="False positives per image at which FROC is read; repeatable."),
+    ] = None,
+    operating_point: Annotated[
+        list[float] | None,
+        typer.Option(help="Wanted false positives per image; default: FROC's; repeatable."),
+    ] = None,
+    size_measure: Annotated[
+        Literal["volume", "longest-side"], typer.Option(help="What the size of a box is.")
+    ] = "volume",
+    size_edge: Annotated[
+        list[float] | None,
+        typer.Option(help="Bound between sizes (mm^3, mm; voxels of a CSV); default terciles."),
+    ] = None,
     bootstrap: Annotated[
         int, typer.Option(min=0, help="Resamplings of the images for 95 % intervals.")
     ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamplings.")] = 0,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for the curves and histograms as SVG.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Label maps read at once.")] = 2,
 ) -> None:
-    """Mean average precision and FROC of a table of predictions."""
+    """Mean average precision, FROC and more of a table of predictions."""
+    from voxelbridge.detect.evaluate.measures import requested
     from voxelbridge.detect.evaluate.metrics import evaluate_files
 
     metrics = evaluate_files(
         ground_truth, predictions, cases=cases, output=output, convention=convention,
-        num_classes=num_classes, bootstrap=bootstrap,
+        num_classes=num_classes, bootstrap=bootstrap, seed=seed, plots=plots, workers=workers,
+        measures=requested(
+            iou=iou or [], fppi=fppi or [], operating_rates=operating_point or [],
+            size_measure=size_measure, size_edges=size_edge or [],
+        ),
     )  # fmt: skip
     print(
         f"{metrics['num_cases']} cases, {metrics['num_objects']} objects: "
@@ -276,6 +458,50 @@ def info(
 
 
 @app.command()
+def show(
+    preset: Annotated[
+        str, typer.Argument(help="Name of a shipped preset, a TOML file, or a run directory.")
+    ],
+    overrides: Overrides = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Store whose plan a preset with that architecture takes.")
+    ] = None,
+) -> None:
+    """Print the resolved settings, each with its origin."""
+    from voxelbridge.detect.origins import describe_settings
+
+    print(describe_settings(preset, overrides or [], store=store))
+
+
+@app.command()
+def schedule(
+    preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a TOML file.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the phases as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the learning rate too.")
+    ] = None,
+    epoch: Annotated[int, typer.Option(min=1, help="Steps that count as an epoch.")] = 2500,
+    store: Annotated[
+        Path | None, typer.Option(help="Store whose plan a preset with that architecture takes.")
+    ] = None,
+) -> None:
+    """What a training does when: steps, learning rates, what is frozen, averaged, restarted."""
+    from voxelbridge.detect.build import load_detect_config
+    from voxelbridge.detect.plan import read_plan
+    from voxelbridge.detect.show_schedule import describe_schedule, plot_schedule, schedule_facts
+
+    plan = read_plan(store) if store else None
+    config = load_detect_config(preset, overrides or [], plan=plan)
+    if plot:
+        plot_schedule(config, plot)
+    if as_json:
+        print(json.dumps(schedule_facts(config, epoch_steps=epoch), indent=2))
+        return
+    print(describe_schedule(config, epoch_steps=epoch))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Run directory, or folder of predictions.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write.")],
@@ -292,16 +518,17 @@ def report(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run directory of a finished training.")],
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="ONNX file to write.")],
     check: Annotated[
         bool, typer.Option("--check", help="Compare with onnxruntime before the file appears.")
     ] = False,
+    weights: Weights = "last",
 ) -> None:
     """Write a run's network as ONNX: one patch in, raw outputs out."""
     from voxelbridge.detect.export_run import export_run
 
-    print(export_run(run, output, check=check))
+    print(export_run(run, output, check=check, weights=weights))
 
 
 def main() -> None:

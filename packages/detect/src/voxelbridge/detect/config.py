@@ -3,19 +3,64 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from voxelbridge.core.arch.config import EncoderConfig, Triple, cumulative_strides
 from voxelbridge.core.arch.init import InitMethod
 from voxelbridge.core.arch.presets import ENCODER_PRESETS
 from voxelbridge.core.config import Config
 from voxelbridge.core.data.augment import SpatialAugmentation
+from voxelbridge.core.data.augment_intensity import IntensityAugmentation
+from voxelbridge.core.train.averaging import Averaging, NoAveraging
+from voxelbridge.core.train.restart import RestartRule, check_scheme
 from voxelbridge.core.train.settings import TrainingSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Their probability says whether a transform of intensities takes place at all.
+INTENSITY_TRANSFORMS = (
+    "noise_probability", "blur_probability", "brightness_probability", "contrast_probability",
+    "low_resolution_probability", "inverted_gamma_probability", "gamma_probability",
+)  # fmt: skip
 # What a checkpoint gives to a detector. The paper's choice is the encoder; with the decoder (a
 # pyramid pre-trained with it, for a Retina U-Net) is its ablation.
 InitParts = Literal["encoder", "encoder+decoder"]
+TuneName = Literal["full", "linear", "lora"]
+BestMetric = Literal[
+    "auto", "val_case_map_range", "val_case_map_0.10", "val_case_froc_0.10", "val_map_range",
+    "val_map_0.10", "val_total",
+]  # fmt: skip
+
+
+class Transfer(Config):
+    """How a checkpoint given with `--init` is taken over; without one it means nothing."""
+
+    parts: InitParts = "encoder"
+    stem: str = "checkpoint"  # or random, replicate, the name of a stem; see `transfer_encoder`
+    # Tensors, or their beginnings up to a dot, that may differ or be missing; "strides".
+    allow: tuple[str, ...] = ()
+
+
+class FullTuning(Config):
+    """All weights train, after the schedule's frozen phase."""
+
+    name: Literal["full"] = "full"
+
+
+class LinearTuning(Config):
+    """The encoder stays frozen for the whole run: what is after it trains."""
+
+    name: Literal["linear"] = "linear"
+
+
+class LowRankTuning(Config):
+    """The encoder's convolutions get low-rank updates (LoRA, arXiv 2106.09685), the rest trains."""
+
+    name: Literal["lora"] = "lora"
+    rank: PositiveInt = 8  # fewer where a convolution has fewer outputs or inputs
+    alpha: Annotated[float, Field(gt=0)] = 16.0  # the update counts alpha / rank times
+
+
+Tuning = Annotated[FullTuning | LinearTuning | LowRankTuning, Field(discriminator="name")]
 
 
 class HardNegatives(Config):
@@ -104,16 +149,27 @@ DetectorConfig = Annotated[
 
 
 class PostProcessing(Config):
-    """From raw anchors to boxes; scores and IoUs in [0, 1], sizes in voxels of the stored grid."""
+    """From raw anchors to boxes, after nnDetection; see `docs/inference.md`.
+
+    Scores and IoUs in [0, 1], sizes in voxels of the stored grid. "Model" means one (model,
+    mirroring) pair over all windows of a case, "ensemble" all pairs together.
+    """
 
     candidates_per_patch: PositiveInt = 10_000
     patch_iou: Fraction = 0.6
     boxes_per_patch: PositiveInt = 100
-    min_score: Fraction = 0.0
-    min_size: float = 0.01
+    min_score: Fraction = 0.0  # of a candidate in a patch
+    min_size: float = 0.01  # of every side, in the case; in a patch it is 0.01 always
+    model_top_k: PositiveInt = 1000
+    model_min_score: Fraction = 0.0  # nnDetection: model_score_thresh
     model_iou: Fraction = 0.1  # between the windows of one case
+    # weighted: boxes compete by score times trust in their place in the window, which then counts
+    # no more; plain: they compete by score, and the trust counts in the clustering.
+    suppression: Literal["weighted", "plain"] = "weighted"
     boxes_per_case: PositiveInt = 100
+    ensemble_top_k: PositiveInt = 1000
     ensemble_iou: Fraction = 0.5  # weighted box clustering between models and mirrored copies
+    ensemble_min_score: Fraction = 0.0  # nnDetection: ensemble_score_thresh
 
 
 class PlannedStages(Config):
@@ -133,17 +189,56 @@ class DetectConfig(TrainingSettings):
 
     encoder: Literal["resenc_l", "plain", "resenc_small", "plain_small"]
     architecture: Literal["preset", "plan"] = "preset"
+    store_plan: Literal["default", "fixed"] | None = None  # rule of the store's plan; none: any
     stages: PlannedStages | None = None
     init: Literal["kaiming", "torch_default"] = "torch_default"
     detector: DetectorConfig = RetinaUNetConfig()
+    transfer: Transfer = Transfer()
+    tune: Tuning = FullTuning()
+    data_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the fold's training patients
+    data_fraction_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     object_fraction: Fraction = 0.5  # of a batch's patches that lie on an object
     augmentation: SpatialAugmentation = SpatialAugmentation()
+    # Of training patches; a transform whose probability a preset does not name is off.
+    intensity: IntensityAugmentation = IntensityAugmentation.none()
     # Voxel labels of cases that have boxes only: none (such batches train without the segmentation
     # losses), or the ellipsoids inscribed in the boxes.
     box_masks: Literal["none", "ellipsoid"] = "none"
+    averaging: Averaging = NoAveraging()  # of the weights; what is validated and written then
+    restart: RestartRule | None = None  # begin again where nothing improves
     validation_batches: Annotated[int, Field(ge=0)] = 0  # fixed patches; 0: no validation
     validate_every_steps: PositiveInt = 2500
+    validate_cases_every_steps: Annotated[int, Field(ge=0)] = 0  # whole cases; 0: never
+    validation_cases: PositiveInt = 10  # at most so many of the held-out fold
+    # Which figure says that weights are the best; auto: see `Validation.deciding`.
+    best_metric: BestMetric = "auto"
     post_processing: PostProcessing = PostProcessing()
+
+    @field_validator("intensity", mode="before")
+    @classmethod
+    def _off_where_not_named(cls, value: object) -> object:
+        # The defaults of IntensityAugmentation are nnU-Net's: one setting would switch all on.
+        if not isinstance(value, dict):
+            return value
+        none = IntensityAugmentation.none()
+        # What is returned counts as Python, not as JSON: strictly, a tuple is no list there.
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+        return {name: getattr(none, name) for name in INTENSITY_TRANSFORMS} | given
+
+    @model_validator(mode="after")
+    def _scheme_fits(self) -> "DetectConfig":
+        check_scheme(self.schedule, self.averaging, self.restart)
+        return self
+
+    @model_validator(mode="after")
+    def _measures_what_decides(self) -> "DetectConfig":
+        needed = self.validation_batches
+        setting = "validation_batches"
+        if self.best_metric.startswith("val_case_"):
+            needed, setting = self.validate_cases_every_steps, "validate_cases_every_steps"
+        if self.best_metric != "auto" and not needed:
+            raise ValueError(f"best_metric {self.best_metric} needs {setting} above 0")
+        return self
 
     @model_validator(mode="after")
     def _fits_the_encoder(self) -> "DetectConfig":

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from voxelbridge.core.train.distributed import num_ranks, sum_over_ranks
 from voxelbridge.detect.boxes import box_giou, centre_size_to_edges, edges_to_centre_size
 from voxelbridge.detect.deform_transformer import Stage, TransformerOutput
 from voxelbridge.detect.detections import Targets
@@ -46,7 +47,11 @@ class DETRCriterion(nn.Module):
         extent = output.proposals.boxes.new_tensor([*shape, *shape])
         wanted = [edges_to_centre_size(target.boxes / extent) for target in targets]
         labels = [target.labels for target in targets]
-        count = _mean_over_ranks(extent.new_tensor(float(sum(map(len, targets))))).clamp(min=1)
+        count = extent.new_tensor(float(sum(map(len, targets))))
+        if self.training:  # the mean of the ranks' losses is then the loss of the job's batch
+            count = sum_over_ranks(count).clamp(min=1) / num_ranks()
+        else:
+            count = count.clamp(min=1)
         proposals = Stage(
             output.proposals.logits[:, output.valid], output.proposals.boxes[:, output.valid]
         )
@@ -111,12 +116,3 @@ def cheapest_pairs(cost: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArra
     from scipy.optimize import linear_sum_assignment  # the losses load without it
 
     return linear_sum_assignment(cost)
-
-
-def _mean_over_ranks(value: Tensor) -> Tensor:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    total = value.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()

@@ -1,18 +1,19 @@
-"""`vb-detect export`: the network of a finished run as an ONNX file that explains itself."""
+"""`vb-detect export`: the network of a run as an ONNX file that explains itself."""
 
 from pathlib import Path
 
 from voxelbridge.detect.export_onnx import export_onnx
 from voxelbridge.detect.train import load_run
+from voxelbridge.detect.weights import Which
 
 
-def export_run(run: Path, path: Path, *, check: bool) -> str:
+def export_run(run: Path, path: Path, *, check: bool, weights: Which = "last") -> str:
     """Writes the network of `run` to `path` and says what is in it.
 
     The metadata hold what a caller needs to feed it: classes, channels, spacing, resampling and
     normalisation. Raises what `load_run` and `export_onnx` raise.
     """
-    detector, config, plan = load_run(run)
+    detector, config, plan = load_run(run, weights=weights)
     facts = plan.model_dump(mode="json")
     metadata = {
         name: facts[name]

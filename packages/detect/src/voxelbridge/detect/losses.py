@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from voxelbridge.core.train.distributed import sum_over_ranks
 from voxelbridge.detect.boxes import at_least_float32, paired_giou
 
 GIOU_EPS = 1e-7  # nnDetection: only on the enclosing volume
@@ -80,11 +81,13 @@ def soft_dice_loss(
     include_background: bool = False,
     smooth_numerator: float = 1e-5,
     smooth_denominator: float = 1e-5,
+    over_ranks: bool = False,
 ) -> Tensor:
     """1 - mean soft Dice of the softmax; (B, C, D, H, W), (B, D, H, W) int64 -> scalar.
 
     `batch_dice` adds up the batch before the ratio is taken, otherwise each image has its own
-    ratio. A class without voxels costs 1 and, with `smooth_numerator` 0, has no gradient.
+    ratio; with `over_ranks` the batch is that of all ranks, which all must call. A class without
+    voxels costs 1 and, with `smooth_numerator` 0, has no gradient.
     """
     probabilities = at_least_float32(logits).softmax(dim=1)
     one_hot = torch.zeros_like(probabilities).scatter_(1, labels[:, None], 1.0)
@@ -93,6 +96,8 @@ def soft_dice_loss(
     axes = (0, 2, 3, 4) if batch_dice else (2, 3, 4)
     overlap = (probabilities * one_hot).sum(axes)
     total = probabilities.sum(axes) + one_hot.sum(axes)
+    if over_ranks and batch_dice:
+        overlap, total = sum_over_ranks(torch.stack([overlap, total])).unbind()
     dice = (2 * overlap + smooth_numerator) / (total + smooth_denominator)
     return 1.0 - dice.mean()
 

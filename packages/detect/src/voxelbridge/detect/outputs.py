@@ -4,9 +4,9 @@ All boxes come in voxel edges (z0, y0, x0, z1, y1, x1) of the original image; wo
 LPS mm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,19 @@ MARKUPS_SCHEMA = (
 )
 OVERLAY_BOXES = 8  # pictures of the highest-scoring boxes; more are not looked at
 WINDOW_PERCENTILES = (0.5, 99.5)
+WINDOW_SAMPLES = 1 << 22  # voxels that decide the window of grey values
+WINDOW_SLICES = 64  # of them, so that a volume in a file is not read whole
 
 FloatArray = NDArray[np.float64]
+
+
+class Slices(Protocol):
+    """An image (D, H, W) whose slices can be had one by one: an array, a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...  # Any: a number -> (H, W)
 
 
 def write_case_json(
@@ -34,14 +45,19 @@ def write_case_json(
     scores: FloatArray,
     labels: NDArray[np.int64],
     class_names: Sequence[str],
+    source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Boxes of one case in voxel edges and in LPS mm (`box_mm`: centre x, y, z, then widths)."""
+    """Boxes of one case in voxel edges and in LPS mm (`box_mm`: centre x, y, z, then widths).
+
+    `source` says which image it was.
+    """
     world = boxes_to_world_mm(boxes, grid)
     write_json(
         path,
         {
             "schema": SCHEMA,
             "case_id": case_id,
+            **({} if source is None else {"source": dict(source)}),
             "shape": list(grid.shape),
             "spacing_mm": list(grid.spacing_mm),
             "boxes": [
@@ -82,7 +98,7 @@ def write_slicer_markups(
 
 def write_overlay(
     path: Path,
-    image: NDArray[np.float32],
+    image: Slices,
     *,
     grid: Grid,
     boxes: FloatArray,
@@ -92,8 +108,8 @@ def write_overlay(
 ) -> None:
     """PNG of the slices (first array axis) through the middle of the highest-scoring boxes.
 
-    `image` (D, H, W). Pixels keep the patient's proportions; without a box the middle slice is
-    shown.
+    `image` (D, H, W) of any type; only some slices of a large one are read. Pixels keep the
+    patient's proportions; without a box the middle slice is shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -105,12 +121,13 @@ def write_overlay(
     rows = -(-len(middles) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    low, high = np.percentile(image, WINDOW_PERCENTILES)
+    low, high = _window(image)
     aspect = grid.spacing_mm[1] / grid.spacing_mm[2]
     for position, middle in enumerate(middles):
         index = int(np.clip(np.floor(middle), 0, image.shape[0] - 1))
         axes = figure.add_subplot(rows, columns, position + 1)
-        axes.imshow(image[index], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
+        slice_ = np.asarray(image[index], dtype=np.float32)
+        axes.imshow(slice_, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
         axes.set_axis_off()
         for row in order:
             z0, y0, x0, z1, y1, x1 = boxes[row]
@@ -126,6 +143,17 @@ def write_overlay(
         axes.set_title(f"slice {index}: {title}", fontsize=8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
+
+
+def _window(image: Slices) -> tuple[float, float]:
+    """The grey values between which the picture is drawn, from evenly spaced voxels."""
+    depth, height, width = image.shape
+    step = max(1, depth // WINDOW_SLICES)
+    numbers = range(step // 2, depth, step)
+    every = max(1, round((len(numbers) * height * width / WINDOW_SAMPLES) ** 0.5))
+    sample = np.stack([np.asarray(image[n])[::every, ::every] for n in numbers])
+    low, high = np.percentile(sample.astype(np.float32), WINDOW_PERCENTILES)
+    return float(low), float(high)
 
 
 def _roi(grid: Grid, box: FloatArray, label: str) -> dict[str, Any]:  # Any: a JSON object

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from voxelbridge.detect.boxes import box_centers, clip_boxes, has_min_side
 from voxelbridge.detect.detections import Detections
-from voxelbridge.detect.nms import batched_nms
+from voxelbridge.detect.nms import batched_nms, best_rows
 from voxelbridge.detect.wbc import weighted_box_clustering
 
 
@@ -34,18 +34,45 @@ def select_detections(
     threshold; every side at least `min_side` voxels; suppression inside each class. Ties keep the
     order of anchors, then classes.
     """
+    return suppress_candidates(
+        *best_candidates(boxes, probabilities, top_k=top_k),
+        shape=shape,
+        score_threshold=score_threshold,
+        min_side=min_side,
+        nms_iou=nms_iou,
+        max_detections=max_detections,
+    )
+
+
+def best_candidates(
+    boxes: Tensor, probabilities: Tensor, *, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The min(top_k, A) best pairs of (A, 6), (A, K): boxes, scores and labels, best first."""
     num_classes = probabilities.shape[1]
     flat = probabilities.float().flatten()
-    order = _best(flat, min(top_k, len(boxes)))
-    order = order[flat[order] > score_threshold]
-    candidates = Detections(
-        boxes=clip_boxes(boxes.float(), shape)[order // num_classes],
-        scores=flat[order],
-        labels=order % num_classes,
+    order = best_rows(flat, min(top_k, len(boxes)))
+    return boxes[order // num_classes].float(), flat[order], order % num_classes
+
+
+def suppress_candidates(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    shape: Sequence[int],
+    score_threshold: float,
+    min_side: float,
+    nms_iou: float,
+    max_detections: int,
+) -> Detections:
+    """What `select_detections` keeps of candidates (N,) that are given best first."""
+    boxes = clip_boxes(boxes, shape)
+    kept = (scores > score_threshold) & has_min_side(boxes, min_side)
+    candidates = Detections(boxes=boxes[kept], scores=scores[kept], labels=labels[kept])
+    keep = batched_nms(
+        candidates.boxes, candidates.scores, candidates.labels, nms_iou, limit=max_detections
     )
-    candidates = candidates.select(has_min_side(candidates.boxes, min_side))
-    keep = batched_nms(candidates.boxes, candidates.scores, candidates.labels, nms_iou)
-    return candidates.select(keep[:max_detections])
+    return candidates.select(keep)
 
 
 def tile_center_weights(boxes: Tensor, tile_shape: Sequence[int]) -> Tensor:
@@ -78,7 +105,7 @@ def merge_tiles(
     "weighted": boxes compete by score * weight, and then all weights are 1. "plain": they compete
     by score and keep their weights. Scores stay as they are.
     """
-    kept = _best(detections.scores, top_k)
+    kept = best_rows(detections.scores, top_k)
     kept = kept[detections.scores[kept] > score_threshold]
     clipped = clip_boxes(detections.boxes[kept], shape)
     kept_sides = has_min_side(clipped, min_side)
@@ -94,7 +121,7 @@ def merge_tiles(
             rank = found.scores
         case _:
             assert_never(suppression)
-    keep = batched_nms(found.boxes, rank, found.labels, nms_iou)[:max_detections]
+    keep = batched_nms(found.boxes, rank, found.labels, nms_iou, limit=max_detections)
     return found.select(keep), weights[keep]
 
 
@@ -119,7 +146,7 @@ def merge_models(
         scores=torch.cat([found.scores for found in detections]),
         labels=torch.cat([found.labels for found in detections]),
     )
-    best = _best(together.scores, top_k)
+    best = best_rows(together.scores, top_k)
     chosen = together.select(best)
     return weighted_box_clustering(
         chosen,
@@ -128,13 +155,3 @@ def merge_models(
         expected=torch.full_like(chosen.scores, float(len(detections))),
         score_threshold=score_threshold,
     )
-
-
-def _best(scores: Tensor, count: int) -> Tensor:
-    """Rows of the `count` highest scores, best first, ties in row order; (N,) -> (count,)."""
-    rows = torch.arange(len(scores), device=scores.device)
-    if 0 < count < len(scores):
-        # topk alone leaves the order of ties open; sorting everything is far slower than topk.
-        limit = scores.topk(count).values[-1]
-        rows = (scores >= limit).nonzero().squeeze(1)
-    return rows[scores[rows].sort(descending=True, stable=True).indices][:count]

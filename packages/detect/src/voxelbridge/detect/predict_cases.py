@@ -1,9 +1,10 @@
 """Prediction for files on disk: any readable images in, tables, world coordinates, pictures out.
 
 Written to OUT: predictions.csv and cases.csv for the whole set (original voxel edges), per case
-{case}.json, {case}.mrk.json and {case}.png, and manifest.json (runs, images, settings). Reading and
-preprocessing of the next case runs in a process of its own while the network works on this one; a
-broken image fails its case alone.
+{case}.json, {case}.mrk.json, {case}.png and, where asked for, {case}.sr.dcm, and manifest.json
+(runs, images, settings). Reading and preprocessing of the next case runs in a process of its own
+while the network works on this one, and hands it over in files; a broken image fails its case
+alone. The same command continues what was interrupted.
 """
 
 import sys
@@ -14,36 +15,58 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from voxelbridge.core.data.executor import Done, Failed, map_cases
-from voxelbridge.core.data.image_cases import ImageCase, find_image_cases
-from voxelbridge.core.data.preprocess import Preprocessed, crop_mapping, preprocess
-from voxelbridge.core.data.volume import Grid
+from voxelbridge.core.data.image_cases import ImageCase, ImageCases, find_image_cases
+from voxelbridge.core.data.mapping import StoredToOriginal
+from voxelbridge.core.data.raw_problems import few_of
 from voxelbridge.core.errors import ConfigError, DataError, VoxelbridgeError
-from voxelbridge.core.files import write_json
+from voxelbridge.core.files import sha256_of
 from voxelbridge.core.train.distributed import DeviceChoice, choose_device
 from voxelbridge.core.train.steps import place
 from voxelbridge.detect.build import Detector
+from voxelbridge.detect.case_reading import ReadCase, read_case
 from voxelbridge.detect.config import DetectConfig
 from voxelbridge.detect.detections import Detections
-from voxelbridge.detect.evaluate.tables import BoxTable, write_cases, write_predictions
+from voxelbridge.detect.dicom_sr import check_extra, write_structured_report
 from voxelbridge.detect.outputs import write_case_json, write_overlay, write_slicer_markups
 from voxelbridge.detect.plan import Plan
+from voxelbridge.detect.post_processing_file import check_same_merging
 from voxelbridge.detect.predict import predict_volume
+from voxelbridge.detect.prediction_folder import (
+    MANIFEST_FILE as MANIFEST_FILE,  # the report imports it from here
+)
+from voxelbridge.detect.prediction_folder import (
+    CaseBoxes,
+    begin,
+    case_file,
+    finish,
+    opened,
+    source_of,
+)
+from voxelbridge.detect.scratch import ScratchArray, remove_scratch
 from voxelbridge.detect.train import load_run
+from voxelbridge.detect.weights import Which, file_of
 
-MANIFEST_FILE = "manifest.json"
-PREPARED_AHEAD = 1  # cases that wait in memory while the network works
+PREPARED_AHEAD = 1  # cases that are read, or wait, while the network works
 
 
 @dataclass(frozen=True, eq=False)
-class CaseBoxes:
-    """Boxes of one case in voxel edges of its original image, best first."""
+class Ensemble:
+    """The detectors of several runs on one plan, and the settings that decide their boxes."""
 
-    boxes: NDArray[np.float64]  # (N, 6)
-    scores: NDArray[np.float64]  # (N,)
-    labels: NDArray[np.int64]  # (N,)
+    detectors: Sequence[tuple[Detector, DetectConfig]]
+    plan: Plan
+    settings: dict[str, Any]  # Any: JSON values
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Which files are written of a case."""
+
+    max_boxes: int = 50  # in the files for viewers; 3D Slicer bears no more
+    pictures: bool = True
+    dicom_sr: bool = False
 
 
 def predict_cases(
@@ -57,142 +80,173 @@ def predict_cases(
     max_markups: int = 50,
     pictures: bool = True,
     allow: Collection[str] = (),
+    weights: Which = "last",
+    dicom_sr: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Predicts every case found in `images` (folders and files) with the ensemble of `runs`.
 
-    `allow` downgrades refusals of DICOM series (see `find_series`). Raises DataError at the end
-    if cases failed or series were refused; the others are written.
+    Cases that `out` holds already are left unless `overwrite`; other settings than there are a
+    ConfigError. `allow` downgrades refusals of DICOM series (see `find_series`). Raises DataError
+    at the end if cases failed or series were refused; the others are written.
     """
-    detectors, plan = _load_ensemble(runs)
-    wanted = find_image_cases(images, num_channels=len(plan.channel_names), allow=allow)
-    cases = wanted.cases
-    for line in wanted.refused:
+    outputs = Outputs(max_boxes=max_markups, pictures=pictures, dicom_sr=dicom_sr)
+    if dicom_sr:
+        check_extra()
+    ensemble = load_ensemble(runs, weights=weights)
+    found = find_image_cases(images, num_channels=len(ensemble.plan.channel_names), allow=allow)
+    for line in found.refused:
         print(f"error: {line}", file=sys.stderr)
-    if not cases:
-        raise DataError(f"none of {len(wanted.refused)} DICOM series can be read")
-    target = choose_device(device)
-    for detector, config in detectors:
-        place(detector, target, config.precision)
-    out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, CaseBoxes] = {}
-    failed: list[str] = []
-    outcomes = map_cases(
-        partial(_read_case, plan), cases, workers=PREPARED_AHEAD, description="predicting"
-    )
-    for outcome in outcomes:
-        try:
-            match outcome:
-                case Failed(error=error):
-                    raise error
-                case Done(item=case, value=(picture, prepared)):
-                    result = predict_volume(
-                        detectors, prepared.image, device=target, num_mirrorings=num_mirrorings
-                    )
-                    boxes = _to_original(result, prepared, min_score=min_score)
-                    _write_case(
-                        out, case, boxes, prepared.mapping.original_grid, plan,
-                        picture=picture if pictures else None, max_markups=max_markups,
-                    )  # fmt: skip
-                    found[case.case_id] = boxes
-        except VoxelbridgeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed.append(outcome.item.case_id)
-    _write_tables(out, found)
-    write_json(
-        out / MANIFEST_FILE,
-        {
-            "schema": 1,
-            "runs": [str(run) for run in runs],
-            "mirrorings": num_mirrorings,
-            "min_score": min_score,
-            "channel_names": list(plan.channel_names),
-            "class_names": list(plan.class_names),
-            "cases": {case.case_id: [str(path) for path in case.paths] for case in cases},
-            "failed": failed,
-            "refused": list(wanted.refused),
-        },
-    )
-    if failed:
-        raise DataError(
-            f"{len(failed)} of {len(cases)} cases failed ({', '.join(failed[:5])}); "
-            f"the other {len(found)} are in {out}"
-        )
-    if wanted.refused:
-        raise DataError(
-            f"{len(wanted.refused)} DICOM series or files were refused; "
-            f"the {len(found)} cases that could be read are in {out}"
-        )
+    if not found.cases:
+        raise DataError(f"none of {len(found.refused)} DICOM series can be read")
+    settings = {
+        "runs": [str(run) for run in runs],
+        **ensemble.settings,
+        "mirrorings": num_mirrorings,
+        "min_score": min_score,
+        "max_boxes": outputs.max_boxes,
+        "pictures": outputs.pictures,
+        "dicom_sr": outputs.dicom_sr,
+        "channel_names": list(ensemble.plan.channel_names),
+        "class_names": list(ensemble.plan.class_names),
+    }
+    with opened(out):
+        waiting = begin(out, settings, found, overwrite=overwrite)
+        _note_other_images(waiting, outputs)
+        errors = _predict(
+            ensemble, waiting, out, outputs,
+            device=device, num_mirrorings=num_mirrorings, min_score=min_score,
+        )  # fmt: skip
+        written = finish(out, settings, found, errors)
+    _report(found, errors, len(waiting), len(written), out)
 
 
-def _load_ensemble(runs: Sequence[Path]) -> tuple[list[tuple[Detector, DetectConfig]], Plan]:
-    loaded = [load_run(run) for run in runs]
+def load_ensemble(runs: Sequence[Path], *, weights: Which) -> Ensemble:
+    """The detectors of `runs`, which must share one prepared store's way of seeing an image."""
+    loaded = [load_run(run, weights=weights) for run in runs]
     plan = loaded[0][2]
     for run, (_, _, other) in zip(runs[1:], loaded[1:], strict=True):
-        for key in ("class_names", "channel_names", "spacing_mm", "normalization"):
+        for key in ("class_names", "channel_names", "spacing_mm", "normalization", "resampling"):
             if getattr(other, key) != getattr(plan, key):
                 raise ConfigError(
                     f"{run}: its plan has another {key} than {runs[0]}; "
                     "an ensemble needs runs on one prepared store"
                 )
-    return [(detector, config) for detector, config, _ in loaded], plan
+    check_same_merging(runs, [config.post_processing for _, config, _ in loaded])
+    settings = {
+        "weights": weights,
+        "weights_sha256": [sha256_of(file_of(run, weights)) for run in runs],
+        "post_processing": [
+            config.post_processing.model_dump(mode="json") for _, config, _ in loaded
+        ],
+    }
+    return Ensemble([(detector, config) for detector, config, _ in loaded], plan, settings)
 
 
-def _read_case(plan: Plan, case: ImageCase) -> tuple[NDArray[Any], Preprocessed]:
-    """The first channel as stored, for pictures, and what the network sees."""
-    volume = case.read()
-    mapping = crop_mapping(volume)
-    prepared = preprocess(
-        volume,
-        mapping,
-        spacing_mm=plan.spacing_mm,
-        normalization=plan.normalization,
-        resampling=plan.resampling,
-    )
-    return volume.array[0], prepared
-
-
-def _to_original(result: Detections, prepared: Preprocessed, *, min_score: float) -> CaseBoxes:
+def to_original(
+    result: Detections, mapping: StoredToOriginal, *, min_score: float = 0.0
+) -> CaseBoxes:
     """Boxes in the file's voxel edges, clipped to the image; what is clipped away is dropped."""
-    boxes = prepared.mapping.boxes_to_original(result.boxes.double().numpy())
-    limit = np.tile(np.asarray(prepared.mapping.original_grid.shape, dtype=np.float64), 2)
+    boxes = mapping.boxes_to_original(result.boxes.double().numpy())
+    limit = np.tile(np.asarray(mapping.original_grid.shape, dtype=np.float64), 2)
     boxes = np.clip(boxes, 0.0, limit)
     scores = result.scores.double().numpy()
     kept = (boxes[:, 3:] > boxes[:, :3]).all(axis=1) & (scores >= min_score)
     return CaseBoxes(boxes[kept], scores[kept], result.labels.numpy()[kept])
 
 
+def _predict(
+    ensemble: Ensemble,
+    waiting: Sequence[ImageCase],
+    out: Path,
+    outputs: Outputs,
+    *,
+    device: DeviceChoice,
+    num_mirrorings: int,
+    min_score: float,
+) -> dict[str, str]:
+    """Predicts and writes `waiting`; returns why cases failed, each told on stderr."""
+    target = choose_device(device)
+    for detector, config in ensemble.detectors:
+        place(detector, target, config.precision)
+    errors: dict[str, str] = {}
+    outcomes = map_cases(
+        partial(read_case, ensemble.plan, out, picture=outputs.pictures),
+        waiting,
+        workers=PREPARED_AHEAD,
+        description="predicting",
+    )
+    for outcome in outcomes:
+        case = outcome.item
+        try:
+            match outcome:
+                case Failed(error=error):
+                    raise error
+                case Done(value=read):
+                    with ScratchArray(read.image) as image:
+                        result = predict_volume(
+                            ensemble.detectors, image, device=target, num_mirrorings=num_mirrorings
+                        )
+                    boxes = to_original(result, read.mapping, min_score=min_score)
+                    _write_case(out, case, boxes, read, ensemble, outputs)
+        except VoxelbridgeError as error:
+            text = f"{case}: {str(error).removeprefix(f'{case}: ')}"
+            print(f"error: {text}", file=sys.stderr)
+            errors[case.case_id] = text
+        finally:
+            remove_scratch(out, case.case_id)
+    return errors
+
+
 def _write_case(
     out: Path,
     case: ImageCase,
-    boxes: CaseBoxes,
-    grid: Grid,
-    plan: Plan,
-    *,
-    picture: NDArray[Any] | None,
-    max_markups: int,
+    found: CaseBoxes,
+    read: ReadCase,
+    ensemble: Ensemble,
+    outputs: Outputs,
 ) -> None:
-    name, names = case.case_id, plan.class_names
-    write_case_json(
-        out / f"{name}.json", name, grid=grid, boxes=boxes.boxes, scores=boxes.scores,
-        labels=boxes.labels, class_names=names,
-    )  # fmt: skip
+    name, names, grid = case.case_id, ensemble.plan.class_names, read.mapping.original_grid
+    boxes, scores, labels = found.boxes, found.scores, found.labels
     write_slicer_markups(
-        out / f"{name}.mrk.json", grid=grid, boxes=boxes.boxes, scores=boxes.scores,
-        labels=boxes.labels, class_names=names, max_boxes=max_markups,
+        out / f"{name}.mrk.json", grid=grid, boxes=boxes, scores=scores, labels=labels,
+        class_names=names, max_boxes=outputs.max_boxes,
     )  # fmt: skip
-    if picture is not None:
-        write_overlay(
-            out / f"{name}.png", picture.astype(np.float32), grid=grid, boxes=boxes.boxes,
-            scores=boxes.scores, labels=boxes.labels, class_names=names,
+    if read.picture is not None:
+        with ScratchArray(read.picture) as picture:
+            write_overlay(
+                out / f"{name}.png", picture, grid=grid, boxes=boxes, scores=scores,
+                labels=labels, class_names=names,
+            )  # fmt: skip
+    if outputs.dicom_sr and case.volume is not None:
+        write_structured_report(
+            out / f"{name}.sr.dcm", case.volume, boxes=boxes, scores=scores, labels=labels,
+            class_names=names, weights=ensemble.settings.get("weights_sha256", []),
+            max_boxes=outputs.max_boxes,
         )  # fmt: skip
+    write_case_json(  # last: it says that the case is done
+        case_file(out, name), name, grid=grid, boxes=boxes, scores=scores, labels=labels,
+        class_names=names, source=source_of(case),
+    )  # fmt: skip
 
 
-def _write_tables(out: Path, found: dict[str, CaseBoxes]) -> None:
-    names = sorted(found)
-    table = BoxTable.from_cases(
-        [found[name].boxes for name in names],
-        [found[name].labels for name in names],
-        scores=[found[name].scores for name in names],
-    )
-    write_cases(out / "cases.csv", names)
-    write_predictions(out / "predictions.csv", table, cases=names)
+def _note_other_images(waiting: Sequence[ImageCase], outputs: Outputs) -> None:
+    others = [case.case_id for case in waiting if case.volume is None]
+    if outputs.dicom_sr and others:
+        print(f"note: --dicom-sr: no DICOM series, so no structured report: {few_of(others)}")
+
+
+def _report(
+    found: ImageCases, errors: dict[str, str], num_waiting: int, num_written: int, out: Path
+) -> None:
+    """DataError where something is missing."""
+    if errors:
+        raise DataError(
+            f"{len(errors)} of {num_waiting} cases failed ({few_of(list(errors))}); "
+            f"the other {num_written} are in {out}"
+        )
+    if found.refused:
+        raise DataError(
+            f"{len(found.refused)} DICOM series or files were refused; "
+            f"the {num_written} cases that could be read are in {out}"
+        )

@@ -15,7 +15,11 @@ from urllib.parse import urlencode
 from voxelbridge.core.files import atomic_write
 from voxelbridge.core.report.losses import loss_charts, training_charts
 from voxelbridge.core.report.page import Section, html_page, notes_list
-from voxelbridge.detect.report_curves import evaluation_charts
+from voxelbridge.detect.report_curves import (
+    evaluation_charts,
+    validation_charts,
+    without_validation_figures,
+)
 from voxelbridge.detect.report_images import CaseImage
 from voxelbridge.detect.report_outcomes import (
     FALSE,
@@ -144,7 +148,11 @@ def _training(arms: Sequence[Arm], pretraining_records: Sequence[Mapping[str, An
         parts.append("<h3>Pre-training</h3>")
         parts.append(training_charts(pretraining_records))
     parts.append("<h3>Fine-tuning</h3>")
-    parts.append(loss_charts([(arm.name, arm.records) for arm in arms]))
+    figures = validation_charts([(arm.name, arm.records) for arm in arms])
+    if figures:
+        parts.append(f"<h4>Validation</h4>{figures}<h4>Losses</h4>")
+    losses = [(arm.name, without_validation_figures(arm.records)) for arm in arms]
+    parts.append(loss_charts(losses))
     return "".join(parts)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from voxelbridge.core.train.distributed import num_ranks, sum_over_ranks
 from voxelbridge.detect.box_coder import decode, encode
 from voxelbridge.detect.config import RetinaUNetConfig
 from voxelbridge.detect.detections import Targets
@@ -35,6 +36,7 @@ class PositiveAnchorAverage(nn.Module):
     """Moving average of the number of positive anchors, corrected for its start at zero.
 
     The buffers travel in the training state, so that a resumed run divides by the same numbers.
+    While training the count is that of all ranks, which all must call.
     """
 
     average: Tensor
@@ -47,13 +49,18 @@ class PositiveAnchorAverage(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, num_positive: Tensor) -> Tensor:
-        """The divisor after this step's count, at least 1."""
+        """The divisor after this step's count, at least 1; while training divided by the ranks.
+
+        The mean of the ranks' losses is then the loss of the job's batch.
+        """
         if self.training:
             self.steps += 1
-            self.average.mul_(self.decay).add_((1 - self.decay) * num_positive)
+            everywhere = sum_over_ranks(num_positive.detach())
+            self.average.mul_(self.decay).add_((1 - self.decay) * everywhere)
         corrected_steps = self.steps.clamp(1, BIAS_CORRECTED_STEPS)
         corrected = self.average / (1 - self.decay ** corrected_steps.double())
-        return corrected.clamp(min=1.0).float()
+        divisor = corrected.clamp(min=1.0).float()
+        return divisor / num_ranks() if self.training else divisor
 
 
 class RetinaCriterion(nn.Module):
@@ -67,7 +74,12 @@ class RetinaCriterion(nn.Module):
     def forward(
         self, output: RetinaOutput, targets: Sequence[Targets], foreground: Tensor | None
     ) -> dict[str, Tensor]:
-        """`foreground` (B, D, H, W) bool; None leaves the segmentation losses out."""
+        """`foreground` (B, D, H, W) bool; None leaves the segmentation losses out.
+
+        While training all ranks must call, and the losses are parts of those of the job's batch:
+        their mean over the ranks is what one process gets for it (mined negatives, which every rank
+        draws among its own anchors, excepted).
+        """
         matches = [
             match_atss(target.boxes, output.anchors, candidates=self.config.atss_candidates)
             for target in targets
@@ -91,13 +103,24 @@ class RetinaCriterion(nn.Module):
             "classification": classification,
             "box": self._box(output, targets, matches, positives) / divisor,
         }
-        if output.segmentation is not None and foreground is not None:
+        if output.segmentation is not None and self._everywhere(foreground, output.segmentation):
+            assert foreground is not None
             logits, smoothing = output.segmentation.float(), self.config.dice_smoothing
             losses["segmentation_ce"] = F.cross_entropy(logits, foreground.long())
             losses["segmentation_dice"] = soft_dice_loss(
-                logits, foreground.long(), smooth_numerator=smoothing
+                logits,
+                foreground.long(),
+                smooth_numerator=smoothing,
+                over_ranks=self.training,
             )
         return losses
+
+    def _everywhere(self, foreground: Tensor | None, like: Tensor) -> bool:
+        """Whether all ranks have masks: a batch with a patch without one has none (`collate`)."""
+        here = foreground is not None
+        if not self.training or num_ranks() == 1:
+            return here
+        return bool(sum_over_ranks(like.new_tensor(float(here))) == num_ranks())
 
     def _focal(self, logits: Tensor, hot: Sequence[Tensor]) -> Tensor:
         """Mean over classes, sum over all anchors."""

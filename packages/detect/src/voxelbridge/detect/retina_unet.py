@@ -15,6 +15,7 @@ from voxelbridge.core.arch.ufpn import UFPN
 from voxelbridge.detect.anchor_planning import AnchorSizes
 from voxelbridge.detect.anchors import AnchorGrid, anchor_grid
 from voxelbridge.detect.box_coder import decode
+from voxelbridge.detect.nms import best_rows
 from voxelbridge.detect.retina_head import RetinaHead
 
 Triple = tuple[int, int, int]
@@ -102,6 +103,25 @@ class RetinaUNet(nn.Module):
             (decode(deltas.float(), anchors), logits.float().sigmoid())
             for logits, deltas in zip(output.logits, output.deltas, strict=True)
         ]
+
+    def best_candidates(
+        self, patches: Tensor, *, top_k: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per patch boxes (k, 6), scores (k,) and labels (k,) of the best candidates, best first.
+
+        The min(top_k, N) best pairs of box and class of `candidates`; no other box is decoded.
+        """
+        output = self(patches, segment=False)
+        anchors = output.anchors.boxes()
+        num_classes = output.logits.shape[2]
+        best = []
+        for logits, deltas in zip(output.logits, output.deltas, strict=True):
+            scores = logits.float().sigmoid().flatten()
+            order = best_rows(scores, min(top_k, len(anchors)))
+            rows = order // num_classes
+            boxes = decode(deltas[rows], anchors[rows])
+            best.append((boxes, scores[order], order % num_classes))
+        return best
 
     def _levels(self, segment: bool) -> list[int]:
         # Maps finer than the heads serve the segmentation only; without it they are not computed.

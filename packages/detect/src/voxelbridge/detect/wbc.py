@@ -9,6 +9,9 @@ from torch import Tensor
 
 from voxelbridge.detect.boxes import box_iou, box_volume
 from voxelbridge.detect.detections import Detections
+from voxelbridge.detect.nms import survivors
+
+_BLOCK = 128  # boxes decided at once
 
 
 @torch.no_grad()
@@ -68,7 +71,8 @@ def _clusters(
     """Boxes (M, 6) and scores (M,) of the clusters of one class, rows given by descending score."""
     cluster, iou = _assign(boxes, iou_threshold)
     count = int(cluster.max()) + 1 if len(cluster) else 0
-    mass = mass * iou
+    # float64, so that a box alone in its cluster comes out as it went in
+    mass, scores = mass.double() * iou.double(), scores.double()
 
     def per_cluster(values: Tensor) -> Tensor:
         return values.new_zeros(count).index_add_(0, cluster, values)
@@ -78,23 +82,32 @@ def _clusters(
     missing = (per_cluster(expected.to(mass)) / members - members).clamp(min=0)
     scored = per_cluster(mass * scores)
     score = scored / (total + missing * total / members * missing_weight)
-    sums = boxes.new_zeros((count, 6)).index_add_(0, cluster, boxes * (mass * scores)[:, None])
+    weighted = boxes.double() * (mass * scores)[:, None]
+    sums = weighted.new_zeros((count, 6)).index_add_(0, cluster, weighted)
     # A cluster of score 0 has no mean box; its NaN goes with the score threshold.
-    return sums / scored[:, None], score
+    return (sums / scored[:, None]).to(boxes), score.to(boxes)
 
 
 def _assign(boxes: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
-    """Cluster number of each box and its IoU with the cluster's best box."""
+    """Cluster number of each box and its IoU with the cluster's best box; best boxes first.
+
+    The best boxes of clusters are those that greedy suppression keeps; every other box belongs to
+    the first of them that it overlaps.
+    """
     cluster = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     overlap = boxes.new_zeros(len(boxes))
     remaining = torch.arange(len(boxes), device=boxes.device)
     number = 0
     while len(remaining):
-        iou = box_iou(boxes[remaining[:1]], boxes[remaining])[0]
+        block = remaining[:_BLOCK]
+        seeds = survivors(boxes[block], iou_threshold).nonzero().squeeze(1)
+        iou = box_iou(boxes[block[seeds]], boxes[remaining])  # (seeds, remaining)
         member = iou > iou_threshold
-        member[0] = True
-        cluster[remaining[member]] = number
-        overlap[remaining[member]] = iou[member]
-        remaining = remaining[~member]
-        number += 1
+        member[torch.arange(len(seeds)), seeds] = True
+        found, first = member.any(dim=0), member.int().argmax(dim=0)
+        taken = remaining[found]
+        cluster[taken] = number + first[found]
+        overlap[taken] = iou.gather(0, first[None])[0, found]
+        remaining = remaining[~found]
+        number += len(seeds)
     return cluster, overlap
