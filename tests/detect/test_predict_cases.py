@@ -313,7 +313,11 @@ def test_reading_holds_one_channel_and_no_float_copy(
     tmp_path: Path, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in.plan.spacing_mm = (1.9, 0.9, 0.9)  # all axes are resampled
-    images = write_images(tmp_path / "images", ["a"], (160, 320, 320))
     raw = (160 * 320 * 320 * 2) >> 20  # 31 MiB; float32 after resampling is 81 MiB
-    peak = _peak_of(tmp_path, stand_in, monkeypatch, images)["child"]
+    peak = 0
+    for attempt in range(3):  # on a busy machine the watching thread may sleep through it
+        images = write_images(tmp_path / f"images{attempt}", ["a"], (160, 320, 320))
+        peak = max(peak, _peak_of(tmp_path, stand_in, monkeypatch, images)["child"])
+        if peak >= raw:
+            break
     assert raw <= peak < raw + 40  # slabs, and the libraries' own

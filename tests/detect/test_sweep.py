@@ -16,6 +16,7 @@ from voxelbridge.core.data.case_store import CaseStore
 from voxelbridge.core.errors import CheckpointError, ConfigError, DataError
 from voxelbridge.detect.build import load_detect_config
 from voxelbridge.detect.config import PostProcessing
+from voxelbridge.detect.cross_validation import out_of_fold
 from voxelbridge.detect.evaluate.metrics import compute_metrics
 from voxelbridge.detect.evaluate.tables import BoxTable
 from voxelbridge.detect.post_processing_file import (
@@ -25,7 +26,15 @@ from voxelbridge.detect.post_processing_file import (
     with_swept,
 )
 from voxelbridge.detect.predict import Proposals, merge_proposals
-from voxelbridge.detect.sweep import STEPS, StepName, chosen_steps, greedy, run_sweep, sweep
+from voxelbridge.detect.sweep import (
+    STEPS,
+    StepName,
+    chosen_steps,
+    describe,
+    greedy,
+    run_sweep,
+    sweep,
+)
 
 SWEPT: tuple[StepName, ...] = (
     "model_iou",
@@ -280,7 +289,11 @@ def test_runs_that_cannot_be_swept_are_refused(
     refused([first, other_start], "another post_processing")
     data = json.loads((first / "data.json").read_text())
     (first / "data.json").write_text(json.dumps({**data, "train": ["c0", "c2"]}))
-    refused([first], "was trained on its held-out case c0")
+    with pytest.raises(ConfigError, match="was trained on its held-out case c0"):
+        out_of_fold([first], tmp_path / "out", device="cpu")
+    swept = sweep([first], steps=[], num_mirrorings=1, device="cpu", workers=0)
+    assert swept.seen_in_training == ("c0",)
+    assert "careful: training saw c0 " in describe(swept)
     (first / "checkpoints" / "detector.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no detector\.safetensors; train the run first"):
         sweep([first], device="cpu", workers=0)

@@ -94,7 +94,7 @@ def runs_by_case(
 ) -> dict[str, tuple[HeldOutRun, ...]]:
     """Every held-out case, by name, with the runs that held it out: equally many for all.
 
-    `one_each`: more than one is refused. A case that its own run was trained on is refused too.
+    `one_each`: more than one is refused, and so is a case that its own run was trained on.
     """
     found: dict[str, list[HeldOutRun]] = {}
     for run in runs:
@@ -102,7 +102,7 @@ def runs_by_case(
             raise ConfigError(
                 f"{run.path}: fold {run.fold} held out no case, so none can be tested"
             )
-        if seen := run.trained_on.intersection(run.cases):
+        if one_each and (seen := run.trained_on.intersection(run.cases)):
             raise ConfigError(
                 f"{run.path}: was trained on its held-out case {min(seen)} (a data set with a "
                 "single patient has no other); nothing can be measured on it"

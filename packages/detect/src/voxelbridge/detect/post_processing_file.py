@@ -61,6 +61,7 @@ class Swept(Config):
     num_cases: int
     num_objects: int
     failed_cases: tuple[str, ...] = ()
+    seen_in_training: tuple[str, ...] = ()  # of the cases: figures on them say nothing about others
 
 
 def write_swept(run: Path, swept: Swept) -> None:

@@ -205,7 +205,17 @@ def sweep_cases(
         num_cases=len(records),
         num_objects=num_objects,
         failed_cases=cases.failed,
+        seen_in_training=seen_in_training(cases),
     )  # fmt: skip
+
+
+def seen_in_training(cases: HeldOutCases) -> tuple[str, ...]:
+    """The cases that a run which held them out was trained on: the only patient of a data set."""
+    return tuple(
+        case_id
+        for case_id, holders in cases.holders.items()
+        if any(case_id in run.trained_on for run in holders)
+    )
 
 
 def greedy(
@@ -320,6 +330,11 @@ def describe(swept: Swept) -> str:
             for row in rows
         ]
     lines.append(_row("chosen", "", swept.after, shown))
+    if swept.seen_in_training:
+        lines.append(
+            f"careful: training saw {', '.join(swept.seen_in_training[:5])} (a data set with a "
+            "single patient has no other); these figures say nothing about new cases"
+        )
     return "\n".join(lines)
 
 
