@@ -44,6 +44,8 @@ def main(
     _section(f"deformable attention on {device}", "bench_attention.py", options)
     _section(f"detectors on {device}: training steps", "bench_detectors.py", options)
     _section(f"inference of a whole case on {device}", "bench_predict.py", options)
+    if device == "cpu":
+        _section("predicting: memory", "bench_predict_memory.py", ["--quick"] if quick else [])
     _section(f"pre-training methods on {device}: one step", "bench_methods.py", options)
     _section(f"MultiTalent on {device}: many stems, or one", "bench_multitalent.py", options)
 
