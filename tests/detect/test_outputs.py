@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from voxelbridge.core.data.volume import Grid, boxes_from_world_mm, edges_to_world
-from voxelbridge.detect.outputs import write_case_json, write_overlay, write_slicer_markups
+from voxelbridge.detect.outputs import write_case_json, write_slicer_markups
 
 DIRECTIONS = np.array([[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 GRID = Grid.from_parts((20, 24, 28), (2.0, 1.0, 0.5), directions=DIRECTIONS, origin_mm=(5, -7, 11))
@@ -55,15 +54,3 @@ def test_slicer_files_are_capped_at_the_best_boxes(tmp_path: Path) -> None:
     )
     markups = json.loads(path.read_text())["markups"]
     assert [roi["controlPoints"][0]["label"] for roi in markups] == ["nodule 0.750"]
-
-
-def test_overlays_are_pictures_with_and_without_boxes(tmp_path: Path) -> None:
-    image = np.random.default_rng(0).normal(size=GRID.shape).astype(np.float32)
-    for count in (0, 2):
-        path = tmp_path / f"{count}.png"
-        write_overlay(
-            path, image, grid=GRID, boxes=BOXES[:count], scores=SCORES[:count],
-            labels=LABELS[:count], class_names=NAMES,
-        )  # fmt: skip
-        with Image.open(path) as picture:
-            assert picture.size[0] > 200

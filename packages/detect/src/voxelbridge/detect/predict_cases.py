@@ -29,7 +29,8 @@ from voxelbridge.detect.case_reading import ReadCase, read_case
 from voxelbridge.detect.config import DetectConfig
 from voxelbridge.detect.detections import Detections
 from voxelbridge.detect.dicom_sr import check_extra, write_structured_report
-from voxelbridge.detect.outputs import write_case_json, write_overlay, write_slicer_markups
+from voxelbridge.detect.outputs import write_case_json, write_slicer_markups
+from voxelbridge.detect.overlay import write_overlay
 from voxelbridge.detect.plan import Plan
 from voxelbridge.detect.post_processing_file import check_same_merging
 from voxelbridge.detect.predict import predict_volume
