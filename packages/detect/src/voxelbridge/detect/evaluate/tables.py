@@ -79,12 +79,12 @@ class BoxTable:
 def read_cases(path: Path) -> list[str]:
     """The evaluated cases in order; a repeated or an empty name, or no case, is a DataError."""
     cases: dict[str, int] = {}
-    for line, row in _rows(path, (CASE_COLUMN,)):
+    for line, row in read_rows(path, (CASE_COLUMN,)):
         name = row[0]
         if not name:
-            raise _error(path, line, "an empty case_id")
+            raise line_error(path, line, "an empty case_id")
         if name in cases:
-            raise _error(
+            raise line_error(
                 path, line, f"case {name!r} is listed twice (first on line {cases[name]}); drop one"
             )
         cases[name] = line
@@ -154,13 +154,13 @@ def _read_boxes(
     case_index: list[int] = []
     labels: list[int] = []
     numbers: list[list[float]] = []
-    for line, row in _rows(path, columns):
+    for line, row in read_rows(path, columns):
         name, label, *texts = row
         if name not in rank:
-            raise _error(path, line, f"case {_short(name)} is not in the list of cases")
+            raise line_error(path, line, f"case {_short(name)} is not in the list of cases")
         case_index.append(rank[name])
         labels.append(_label(path, line, label, limit))
-        values = _numbers(path, line, columns[2:], texts)
+        values = finite_numbers(path, line, columns[2:], texts)
         _check_box(path, line, values[-6:])
         numbers.append(values)
     table = np.array(numbers, dtype=np.float64).reshape(len(numbers), len(columns) - 2)
@@ -175,23 +175,23 @@ def _read_boxes(
 def _check_box(path: Path, line: int, box: list[float]) -> None:
     for axis, low, high in zip("zyx", box[:3], box[3:], strict=True):
         if high < low:
-            raise _error(
+            raise line_error(
                 path, line, f"inverted box: {axis}1 = {high!r} is less than {axis}0 = {low!r}"
             )
 
 
 def _label(path: Path, line: int, text: str, limit: int) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise _error(path, line, f"label: got {_short(text)}, expected a whole number from 0")
+        raise line_error(path, line, f"label: got {_short(text)}, expected a whole number from 0")
     digits = text.lstrip("0") or "0"
     if len(digits) > len(str(MAX_LABEL)) or int(digits) >= limit:
-        raise _error(
+        raise line_error(
             path, line, f"label: got {_short(text)}, expected at most {limit - 1} ({limit} classes)"
         )
     return int(digits)
 
 
-def _numbers(path: Path, line: int, columns: Sequence[str], texts: list[str]) -> list[float]:
+def finite_numbers(path: Path, line: int, columns: Sequence[str], texts: list[str]) -> list[float]:
     """The finite numbers of one row."""
     try:
         values = [float(text) for text in texts]
@@ -202,7 +202,7 @@ def _numbers(path: Path, line: int, columns: Sequence[str], texts: list[str]) ->
     column, text = next(
         pair for pair in zip(columns, texts, strict=True) if not _is_finite_number(pair[1])
     )
-    raise _error(path, line, f"{column}: got {_short(text)}, expected a finite number")
+    raise line_error(path, line, f"{column}: got {_short(text)}, expected a finite number")
 
 
 def _is_finite_number(text: str) -> bool:
@@ -212,7 +212,7 @@ def _is_finite_number(text: str) -> bool:
         return False
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, list[str]]]:
+def read_rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, list[str]]]:
     """Line number and the fields of `columns` of every row after the header."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
@@ -229,27 +229,27 @@ def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, list[str]]]:
             elif not values:
                 empty_line = empty_line or first
             elif empty_line is not None:
-                raise _error(path, empty_line, "an empty line inside the table; remove it")
+                raise line_error(path, empty_line, "an empty line inside the table; remove it")
             elif len(values) != len(header):
-                raise _error(
+                raise line_error(
                     path, first, f"got {len(values)} fields, expected {len(header)} as in line 1"
                 )
             else:
                 rows.append((first, [values[pick] for pick in picks]))
     except csv.Error as error:
-        raise _error(path, line + 1, f"not valid CSV ({error})") from error
+        raise line_error(path, line + 1, f"not valid CSV ({error})") from error
     if picks is None:
-        raise _error(path, 1, f"the file is empty, expected the header {','.join(columns)}")
+        raise line_error(path, 1, f"the file is empty, expected the header {','.join(columns)}")
     return rows
 
 
 def _columns(path: Path, header: list[str], columns: tuple[str, ...]) -> list[int]:
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled:
-        raise _error(path, 1, f"column {doubled[0]!r} is there twice; drop one")
+        raise line_error(path, 1, f"column {doubled[0]!r} is there twice; drop one")
     missing = [name for name in columns if name not in header]
     if missing:
-        raise _error(
+        raise line_error(
             path,
             1,
             f"missing column {', '.join(missing)}: got {_short(','.join(header))}, "
@@ -268,7 +268,7 @@ def _text(path: Path) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise _error(path, line, "not UTF-8 text; save the table as UTF-8 CSV") from error
+        raise line_error(path, line, "not UTF-8 text; save the table as UTF-8 CSV") from error
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: Sequence[Sequence[object]]) -> None:
@@ -285,7 +285,8 @@ def _concatenate(parts: Sequence[Any], dtype: type, empty: tuple[int, ...]) -> N
     return np.concatenate([np.zeros(empty, dtype=dtype), *arrays])
 
 
-def _error(path: Path, line: int, problem: str) -> DataError:
+def line_error(path: Path, line: int, problem: str) -> DataError:
+    """The error of a table: file, line (the header is line 1) and what is wrong."""
     return DataError(f"{path}, line {line}: {problem}")
 
 
