@@ -12,6 +12,7 @@ PACKAGES = Path(__file__).resolve().parents[1] / "packages"
 PARTS = ("core", "pretrain_sup", "pretrain_ssl", "detect")
 # What people get who install voxelbridge-core without extras.
 PLAIN_CORE = (
+    "adapt",
     "arch",
     "checkpoint",
     "cli",
@@ -20,6 +21,7 @@ PLAIN_CORE = (
     "doctor",
     "errors",
     "files",
+    "foreign",
     "report",
     "safetensors_header",
     "tiles",

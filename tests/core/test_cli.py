@@ -69,7 +69,7 @@ def test_help_answers_without_importing_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for command in ("inspect", "verify", "compare", "doctor"):
+    for command in ("inspect", "verify", "compare", "export", "card", "fetch", "doctor"):
         assert command in result.stdout
 
 
@@ -117,7 +117,11 @@ def test_compare_of_a_file_with_itself_finds_nothing(
 ) -> None:
     status, out, _ = call(capsys, "compare", file, file, "--json")
     assert status == 0
-    assert json.loads(out) == {"same": True, "metadata": [], "tensors": {}}
+    found = json.loads(out)
+    assert found["verdict"] == "identical"
+    assert found["same"] is found["same_architecture"] is True
+    assert found["metadata"] == []
+    assert found["tensors"] == {}
 
 
 def test_compare_names_what_differs(
@@ -128,7 +132,8 @@ def test_compare_names_what_differs(
     status, out, _ = call(capsys, "compare", file, other)
     assert status == 0
     assert "license: CC-BY-4.0 -> MIT" in out
-    assert "encoder.stem.conv.weight: largest difference 0.25" in out
+    assert "encoder.stem.conv.weight: largest difference 0.25, relative 0.5" in out
+    assert out.splitlines()[-1] == "same architecture, different weights"
     assert "metadata: 1 differences" in out
 
 

@@ -106,6 +106,8 @@ class CheckpointMetadata(Config):
     method: str  # "mae", "multitalent", ...
     arch: EncoderConfig
     decoder: AnyDecoderConfig | None = None  # given exactly when there are `decoder.*` tensors
+    # Channels of the output layers that a U-Net decoder was trained with, which are not stored.
+    decoder_outputs: Annotated[int, Field(ge=1, le=65_536)] | None = None
     stems: dict[_StemName, Stem] = Field(min_length=1, max_length=1000)
     default_stem: _StemName | None = None  # taken where nobody names one of several
     patch_size: tuple[_Edge, _Edge, _Edge] | None = None  # voxels, z y x
@@ -213,6 +215,17 @@ def write_checkpoint(path: Path | str, checkpoint: Checkpoint) -> CheckpointMeta
         except (SafetensorError, RuntimeError) as error:
             raise refusal(path, f"cannot be written ({error})") from error
     return metadata.model_copy(update={"metadata_sha256": digest})
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """CheckpointError unless the tensors are finite weights that fit the architecture."""
+    path = Path(checkpoint.origin)
+    _check_fit(
+        path,
+        checkpoint.metadata,
+        {name: (t.dtype, tuple(t.shape)) for name, t in checkpoint.tensors.items()},
+    )
+    _check_finite(path, checkpoint.tensors)
 
 
 def is_stem_name(name: str) -> bool:

@@ -1,18 +1,22 @@
 """vb-core: looks into checkpoints and case stores, and at the machine."""
 
 import json
+import shlex
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from voxelbridge.core.command_line import make_app, run_app
-from voxelbridge.core.errors import DataError
+from voxelbridge.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help must answer at once
     from voxelbridge.core.checkpoint import Checkpoint
 
-app = make_app("Checkpoints and case stores: inspect, verify, compare; and a look at the machine.")
+app = make_app(
+    "Checkpoints: fetch, import, inspect, verify, compare, export; case stores; the machine."
+)
 
 CheckpointPath = Annotated[Path, typer.Argument(help="A checkpoint (.safetensors).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -60,30 +64,184 @@ def compare(
     a: CheckpointPath,
     b: Annotated[Path, typer.Argument(help="Another checkpoint.")],
     *,
+    stem: Annotated[
+        str | None, typer.Option(help="Whose images the stages are given; by default A's stem.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print what differs between two checkpoints; exit status 0 also when they differ."""
-    from voxelbridge.core.checkpoint import read_checkpoint
-    from voxelbridge.core.config import differing_keys
+    """Print what differs: metadata, tensors, stage outputs; exit status 0 also when they differ.
 
-    first, second = read_checkpoint(a), read_checkpoint(b)
-    metadata = [
-        line
-        for line in differing_keys(first.metadata, second.metadata)
-        if not line.startswith(("tensors_sha256:", "metadata_sha256:"))
-    ]
-    tensors = _tensor_differences(first, second)
+    The last line is the verdict: identical; identical weights, different metadata; same
+    architecture, different weights; different architecture.
+    """
+    from voxelbridge.core.checkpoint import read_checkpoint
+    from voxelbridge.core.compare import compare_checkpoints
+
+    found = compare_checkpoints(read_checkpoint(a), read_checkpoint(b), stem=stem)
     if as_json:
-        same = not metadata and not tensors
-        typer.echo(json.dumps({"same": same, "metadata": metadata, "tensors": tensors}, indent=2))
+        typer.echo(json.dumps(found.as_json(), indent=2))
         return
-    typer.echo(f"metadata: {len(metadata)} differences")
-    for line in metadata:
+    for line in found.lines():
+        typer.echo(line)
+
+
+class ForeignOrigin(StrEnum):
+    """Programs whose checkpoints can be imported; the same words as `recognise.ORIGINS`."""
+
+    auto = "auto"
+    nnunet = "nnunet"
+    nnssl = "nnssl"
+    multitalent = "multitalent"
+    nndetection = "nndetection"
+    plain = "plain"
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A .pth, .pt, .ckpt or .safetensors file.")],
+    *,
+    out: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint to write.")],
+    origin: Annotated[
+        ForeignOrigin, typer.Option("--from", help="Where the file comes from.")
+    ] = ForeignOrigin.auto,
+    plan: Annotated[
+        Path | None, typer.Option(help="adaptation_plan.json or plans.json, if not in the file.")
+    ] = None,
+    stem: Annotated[str | None, typer.Option(help="Which of several stems is the default.")] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(help="For weights without a plan: a preset or a JSON file of the encoder."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn another program's weights into a checkpoint of ours, and say what they are.
+
+    Nothing in the file is executed. nnU-Net v2, nnssl, MultiTalent, nnDetection and plain state
+    dicts are recognised by what they hold.
+    """
+    from voxelbridge.core.checkpoint import write_checkpoint
+    from voxelbridge.core.foreign.import_file import import_checkpoint, stated_architecture
+
+    _refuse_same_file(file, out)
+    imported = import_checkpoint(
+        file,
+        origin=origin.value,
+        plan=plan,
+        stem=stem,
+        arch=None if arch is None else stated_architecture(arch),
+    )
+    metadata = write_checkpoint(out, imported.checkpoint)
+    for warning in imported.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        facts = {
+            "origin": imported.origin,
+            "notes": list(imported.notes),
+            "warnings": list(imported.warnings),
+            "metadata": metadata.model_dump(mode="json", by_alias=True),
+        }
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"{out}: from {imported.origin}, {_size_words(imported.checkpoint)}")
+    for line in imported.lines():
         typer.echo(f"  {line}")
-    count = len(first.tensors.keys() | second.tensors.keys())
-    typer.echo(f"tensors: {len(tensors)} of {count} differ")
-    for name, difference in tensors.items():
-        typer.echo(f"  {name}: {difference}")
+
+
+@app.command()
+def export(
+    file: CheckpointPath,
+    *,
+    to: Annotated[Literal["nnunet", "nnssl"], typer.Option(help="Whose layout.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="The .pth file to write.")],
+    stem: Annotated[str | None, typer.Option(help="Which of several stems.")] = None,
+    outputs: Annotated[
+        int | None, typer.Option(min=1, max=65_536, help="Channels of the new output layers.")
+    ] = None,
+    fresh_decoder: Annotated[
+        bool,
+        typer.Option("--fresh-decoder", help="Where there is no U-Net decoder, add a new one."),
+    ] = False,
+) -> None:
+    """Write a file for nnU-Net v2 (-pretrained_weights; plans inside) or in nnssl's layout."""
+    from voxelbridge.core.checkpoint import read_checkpoint
+    from voxelbridge.core.foreign.export_file import export_checkpoint, write_exported
+
+    _refuse_same_file(file, out)
+    exported = export_checkpoint(
+        read_checkpoint(file), to=to, stem=stem, outputs=outputs, fresh_decoder=fresh_decoder
+    )
+    write_exported(out, exported)
+    typer.echo(f"{out}: {len(exported.content['network_weights'])} tensors in the layout of {to}")
+    for note in exported.notes:
+        typer.echo(f"  note: {note}")
+
+
+@app.command()
+def card(
+    file: CheckpointPath,
+    *,
+    out: Annotated[Path, typer.Option("-o", "--output", help="The page, usually README.md.")],
+    title: Annotated[
+        str | None, typer.Option(help="Its heading; by default the file name.")
+    ] = None,
+) -> None:
+    """Write a model card from what a checkpoint says about itself, ready for a hub."""
+    from voxelbridge.core.checkpoint import read_checkpoint
+    from voxelbridge.core.files import atomic_write
+    from voxelbridge.core.model_card import model_card
+
+    _refuse_same_file(file, out)
+    text = model_card(read_checkpoint(file), title=title or file.stem, file_name=file.name)
+    with atomic_write(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"{out}: model card of {file.name}; read it before you publish it")
+
+
+@app.command()
+def fetch(
+    reference: Annotated[
+        str,
+        typer.Argument(help="hf:ORG/NAME, then @REVISION and /FILE where wanted; or file:FOLDER."),
+    ],
+    *,
+    out: Annotated[Path, typer.Option("-o", "--output", help="The folder to copy into.")],
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Ask no network: the hub's local cache alone.")
+    ] = False,
+    endpoint: Annotated[str | None, typer.Option(help="Address of a mirror of the hub.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Another folder for the hub's local cache.")
+    ] = None,
+    and_import: Annotated[
+        bool, typer.Option("--import", help="Then import the weights (vb-core import).")
+    ] = False,
+) -> None:
+    """Copy published weights from the Hugging Face hub, check their hashes, say how to import them.
+
+    Needs the extra 'hub'. With several weights in a repository, name one.
+    """
+    from voxelbridge.core.hub import fetch as fetch_files
+    from voxelbridge.core.hub import parse_reference
+
+    fetched = fetch_files(
+        parse_reference(reference), out, offline=offline, endpoint=endpoint, cache=cache
+    )
+    at = f" at {fetched.revision}" if fetched.revision else ""
+    typer.echo(f"{fetched.weights}: fetched from {reference}{at}")
+    checked = "as its origin states" if fetched.verified else "its origin states none to check"
+    typer.echo(f"  SHA-256 {fetched.sha256} ({checked})")
+    for name in fetched.others:
+        typer.echo(f"  not taken: {name}")
+    target = fetched.weights.with_suffix(".safetensors")
+    if fetched.weights == target:
+        typer.echo(f"look at it with: vb-core inspect {shlex.quote(str(target))}")
+        return
+    plan = [] if fetched.plan is None else ["--plan", str(fetched.plan)]
+    arguments = [str(fetched.weights), "-o", str(target), *plan]
+    if and_import:
+        app(["import", *arguments], standalone_mode=False)
+        return
+    typer.echo(f"import it with: vb-core import {shlex.join(arguments)}")
 
 
 @app.command()
@@ -160,6 +318,11 @@ def _require_data_extra(path: Path) -> None:
         ) from error
 
 
+def _refuse_same_file(source: Path, target: Path) -> None:
+    if target.exists() and target.samefile(source):
+        raise ConfigError(f"{target}: is the checkpoint itself; write to another file")
+
+
 def _metadata_json(checkpoint: "Checkpoint") -> dict[str, object]:
     return checkpoint.metadata.model_dump(mode="json", by_alias=True)
 
@@ -170,17 +333,3 @@ def _size_words(checkpoint: "Checkpoint") -> str:
         parts[name.partition(".")[0]] += tensor.numel()
     sizes = ", ".join(f"{part} {count:,} parameters" for part, count in parts.items() if count)
     return f"{len(checkpoint.tensors)} tensors, {sizes}"
-
-
-def _tensor_differences(first: "Checkpoint", second: "Checkpoint") -> dict[str, str]:
-    differences: dict[str, str] = {}
-    for name in sorted(first.tensors.keys() | second.tensors.keys()):
-        a, b = first.tensors.get(name), second.tensors.get(name)
-        if a is None or b is None:
-            differences[name] = "only in the second" if a is None else "only in the first"
-        elif a.shape != b.shape:
-            differences[name] = f"shape {tuple(a.shape)} and {tuple(b.shape)}"
-        elif a.dtype != b.dtype or not a.equal(b):
-            largest = float((a.float() - b.float()).abs().max())
-            differences[name] = f"largest difference {largest:.3g}"
-    return differences

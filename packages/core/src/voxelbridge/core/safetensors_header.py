@@ -42,14 +42,17 @@ class Header:
     entries: Mapping[str, TensorEntry]
 
 
-def read_header(path: Path, stream: BufferedReader) -> Header:
-    """Header of the file open in `stream`; CheckpointError unless the file is sound and whole."""
+def read_header(path: Path, stream: BufferedReader, *, expected: str = EXPECTED) -> Header:
+    """Header of the file open in `stream`; CheckpointError unless the file is sound and whole.
+
+    `expected`: what the message says is wanted where the file is of another kind.
+    """
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
         kind = _FOREIGN_STARTS.get(start[:2], "no safetensors file, or a truncated one")
-        raise refusal(path, f"{kind} ({size} bytes); {EXPECTED}")
+        raise refusal(path, f"{kind} ({size} bytes); {expected}")
     raw = stream.read(length)
     if raw.rstrip(b" ")[-1:] != b"}":  # other white space in the padding is an altered byte
         raise refusal(path, f"its header is damaged; {COPY_AGAIN}")

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from voxelbridge.core.adapt import Difference, adapt_weights, difference_table
 from voxelbridge.core.arch.decoder import Decoder, decoder_kind
 from voxelbridge.core.arch.encoder import Encoder, build_encoder
 from voxelbridge.core.checkpoint import Checkpoint, read_checkpoint
@@ -50,6 +51,7 @@ class TransferReport:
     left_at_init: tuple[str, ...]
     unused: tuple[str, ...]
     shape_mismatched: tuple[ShapeMismatch, ...]
+    adapted: tuple[Difference, ...] = ()  # what `adapt` reconciled, and how
 
     def describe(self) -> str:
         """A text table: counts, and every name that was not simply loaded."""
@@ -62,6 +64,9 @@ class TransferReport:
         lines = [first, f"{'loaded':<17} {len(self.loaded)} tensors"]
         for title, rows in groups.items():
             lines += [f"{title:<17} {len(rows)} tensors", *(f"  {row}" for row in rows)]
+        if self.adapted:
+            table = difference_table(self.adapted).splitlines()
+            lines += [f"{'adapted':<17} {len(self.adapted)} places", *(f"  {r}" for r in table)]
         return "\n".join(lines)
 
 
@@ -84,7 +89,12 @@ def load_encoder(path: Path | str, stem: str | None = None) -> Encoder:
 
 
 def transfer_encoder(
-    checkpoint: Checkpoint, encoder: Encoder, *, stem: str = "checkpoint", allow: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    encoder: Encoder,
+    *,
+    stem: str = "checkpoint",
+    allow: Sequence[str] = (),
+    adapt: bool = False,
 ) -> TransferReport:
     """Copies the encoder weights of `checkpoint` into `encoder` and reports on every tensor.
 
@@ -96,6 +106,8 @@ def transfer_encoder(
     `allow` holds names of tensors, or their beginnings up to a dot ("stages.5"), that may stay at
     init, be unused or differ in shape, and "strides" if the strides may differ. Every other
     difference is a CheckpointError with both shapes, and then nothing has been copied.
+    `adapt` reconciles what can be (`adapt.adapt_weights`: depth, kernels of 1 and 3, biases,
+    strides) and reports each such place; what cannot, such as other widths, stays an error.
     Decoder weights and other stems are reported as unused, never refused.
     """
     sources = _stem_sources(checkpoint, encoder, stem) | {
@@ -104,7 +116,28 @@ def transfer_encoder(
         if name.startswith("encoder.stages.")
     }
     differences: dict[str, str] = {}
+    reconciled: tuple[Difference, ...] = ()
+    if adapt:
+        found = adapt_weights(
+            {name: source.tensor for name, source in sources.items()},
+            {
+                n: t
+                for n, t in encoder.state_dict().items()
+                if stem != "random" or _own(n, "stages")
+            },
+            theirs=checkpoint.metadata.arch,
+            ours=encoder.config,
+        )
+        sources = {
+            name: _Source(sources[name].name if name in sources else name, tensor)
+            for name, tensor in found.weights.items()
+        }
+        reconciled = tuple(d for d in found.differences if d.remedy is not None)
+        allow = [*allow, *found.allow]
     theirs, ours = checkpoint.metadata.arch.strides, encoder.config.strides
+    if checkpoint.metadata.arch.kind != encoder.config.kind:
+        kinds = checkpoint.metadata.arch.kind, encoder.config.kind
+        differences["kind"] = f"kind: checkpoint {kinds[0]}, encoder {kinds[1]}"
     if theirs != ours:
         differences[STRIDES] = f"strides: checkpoint {theirs}, encoder {ours}"
     copied = _copy(
@@ -121,7 +154,23 @@ def transfer_encoder(
         left_at_init=copied.left_at_init,
         unused=tuple(name for name in checkpoint.tensors if name not in copied.used),
         shape_mismatched=copied.mismatched,
+        adapted=reconciled,
     )
+
+
+def encoder_differences(checkpoint: Checkpoint, encoder: Encoder) -> tuple[Difference, ...]:
+    """Every place where the stages of `checkpoint` and `encoder` differ, before anything is copied.
+
+    `adapt.difference_table` shows them with both sides and what adapting would do.
+    """
+    weights = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith("encoder.stages.")
+    }
+    targets = {name: t for name, t in encoder.state_dict().items() if _own(name, "stages")}
+    theirs, ours = checkpoint.metadata.arch, encoder.config
+    return adapt_weights(weights, targets, theirs=theirs, ours=ours).differences
 
 
 def chosen_stem(checkpoint: Checkpoint, policy: str, *, in_channels: int) -> str | None:
@@ -320,6 +369,10 @@ def _check_allowances(allow: Sequence[str], names: Iterable[str], *, part: Part)
                 f"allow={allowance!r} names no tensor of the {part} or the checkpoint; expected "
                 f"a name such as {_EXAMPLES[part]}"
             )
+
+
+def _own(name: str, part: str) -> bool:
+    return name.startswith(f"{part}.")
 
 
 def _covers(allowance: str, name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs: their layouts in and out, as maps between tensor names."""
