@@ -129,6 +129,8 @@ def mean_of_flips(kernel: Tensor) -> Tensor:
 def symmetric_retina_head(detector: RetinaUNet) -> None:
     with torch.no_grad():
         classes, deltas = detector.head.classifier[-1], detector.head.regressor[-1]
+        assert isinstance(classes, nn.Conv3d)
+        assert isinstance(deltas, nn.Conv3d)
         classes.weight.copy_(mean_of_flips(torch.randn_like(classes.weight) * 0.1))
         drawn = torch.randn_like(deltas.weight) * 0.1
         kernel = drawn.unflatten(0, (-1, 6))  # (A, 6, C, 3, 3, 3)
@@ -152,10 +154,12 @@ def symmetric_transformer(detector: DeformableDETR) -> None:
                 case nn.MultiheadAttention():
                     module.in_proj_weight[: 2 * transformer.width] = 0
                 case BoxHead():
-                    module[-1].weight.normal_(std=0.05)
-                    module[-1].weight[:3] = 0
-                    module[-1].bias[:3] = 0
-                    module[-1].bias[3:] = 0.4  # boxes large enough to reach the only slice
+                    last = module[-1]
+                    assert isinstance(last, nn.Linear)
+                    last.weight.normal_(std=0.05)
+                    last.weight[:3] = 0
+                    last.bias[:3] = 0
+                    last.bias[3:] = 0.4  # boxes large enough to reach the only slice
                 case _:
                     pass
         transformer.query_projection.weight.zero_()

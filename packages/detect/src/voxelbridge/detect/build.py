@@ -11,6 +11,7 @@ from voxelbridge.core.arch.config import cumulative_strides
 from voxelbridge.core.arch.encoder import Encoder, build_encoder
 from voxelbridge.core.arch.init import initialize
 from voxelbridge.core.arch.ufpn import UFPN
+from voxelbridge.core.checkpoint import read_checkpoint
 from voxelbridge.core.config import (
     Resolved,
     flatten,
@@ -27,6 +28,7 @@ from voxelbridge.detect.config import (
     DetectConfig,
     InitParts,
     LinearTuning,
+    PlannedStages,
     RetinaUNetConfig,
     TuneName,
     encoder_config,
@@ -101,21 +103,32 @@ def build_objective(detector: Detector, config: DetectConfig) -> Objective:
 
 
 def load_detect_config(
-    preset: str, overrides: Sequence[str] = (), *, plan: "Plan | None" = None
+    preset: str,
+    overrides: Sequence[str] = (),
+    *,
+    plan: "Plan | None" = None,
+    init: Path | None = None,
 ) -> DetectConfig:
     """The config of a shipped preset or of a TOML file, with `key=value` overrides.
 
     Where it says `architecture = "plan"`, patch size, head levels and stages come from `plan`. What
     such a file states itself stays; `--set architecture=plan` replaces what the preset states.
+    Where it says `architecture = "checkpoint"`, the stages are those of the checkpoint `init`.
     """
-    return resolve_detect_config(preset, overrides, plan=plan).config
+    return resolve_detect_config(preset, overrides, plan=plan, init=init).config
 
 
 def resolve_detect_config(
-    preset: str, overrides: Sequence[str] = (), *, plan: "Plan | None" = None
+    preset: str,
+    overrides: Sequence[str] = (),
+    *,
+    plan: "Plan | None" = None,
+    init: Path | None = None,
 ) -> Resolved[DetectConfig]:
     """As `load_detect_config`, with the origin of every value; "plan" for those of the plan."""
     path = preset_path("voxelbridge.detect", preset)
+    if _takes_the_checkpoint(path, overrides):
+        return _settled(_with_checkpoint(preset, path, overrides, init=init))
     own = None if _asks_for(overrides, "preset") else _stated_beside_the_plan(path)
     if _asks_for(overrides, "plan"):
         own = set()
@@ -165,6 +178,38 @@ def head_strides(config: DetectConfig) -> tuple[Triple, ...]:
     """Voxels per cell of the maps that the detector reads, finest first."""
     strides = cumulative_strides(encoder_config(config).strides)
     return tuple(strides[level] for level in config.detector.head_levels)
+
+
+def _takes_the_checkpoint(path: Path, overrides: Sequence[str]) -> bool:
+    if any(text.startswith("architecture=") for text in overrides):
+        return _asks_for(overrides, "checkpoint")
+    for layer in read_layers(DetectConfig, path):
+        if "architecture" in layer.tree:  # a run's own config has the stages in it
+            return layer.tree["architecture"] == "checkpoint" and layer.source.suffix != ".json"
+    return False
+
+
+def _with_checkpoint(
+    preset: str, path: Path, overrides: Sequence[str], *, init: Path | None
+) -> Resolved[DetectConfig]:
+    if init is None:
+        raise ConfigError(
+            f'{preset}: architecture = "checkpoint" takes the stages of a checkpoint; name it with '
+            "--init"
+        )
+    arch = read_checkpoint(init).metadata.arch
+    stages = {key: getattr(arch, key) for key in PlannedStages.model_fields}
+    taken = [f"stages.{key}={json.dumps(value)}" for key, value in stages.items()]
+    resolved = load_config(DetectConfig, path, [*taken, *overrides])
+    kind = encoder_config(resolved.config).kind
+    if kind != arch.kind:
+        raise ConfigError(
+            f"{init}: holds a {arch.kind} encoder, {resolved.config.encoder} of {preset} is a "
+            f"{kind} one; take a preset with such an encoder"
+        )
+    keys = {text.partition("=")[0] for text in taken} - {t.partition("=")[0] for t in overrides}
+    origins = {key: "checkpoint" if key in keys else name for key, name in resolved.origins.items()}
+    return Resolved(resolved.config, origins)
 
 
 def _asks_for(overrides: Sequence[str], architecture: str) -> bool:

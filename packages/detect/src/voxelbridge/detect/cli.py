@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from voxelbridge.core.command_line import make_app, run_app
+from voxelbridge.detect.cli_protocols import add_protocol_commands
 
 app = make_app("Find lesions in 3D medical images: prepare, train, predict, evaluate, report.")
 
@@ -427,6 +428,43 @@ def evaluate(
     )
 
 
+add_protocol_commands(app)
+
+
+@app.command()
+def rank(
+    tables: Annotated[
+        list[Path],
+        typer.Argument(help="CSV of box tables, of figures per case, or of resamples."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for ranking.csv, ranking.json, figures.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="Method to compare with, or its part after the / in each architecture; "
+            "default: default or none-default, if there is one."
+        ),
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="map_0.10, froc_0.30, map_range, ...; repeatable. Default: map_0.10 and froc_0.10."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Resamplings of the images.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamplings.")] = 0,
+) -> None:
+    """Rank methods over data sets in resamplings of the images, with figures."""
+    from voxelbridge.detect.rank_files import describe_ranking, run_rank
+
+    rankings = run_rank(
+        tables, output, baseline=baseline, measures=measure or [], samples=samples, seed=seed
+    )
+    for name, ranking in rankings.items():
+        print(describe_ranking(name, ranking))
+    print(f"written to {output}")
+
+
 @app.command()
 def info(
     preset: Annotated[str, typer.Argument(help="Name of a shipped preset, or a TOML file.")],
@@ -529,6 +567,69 @@ def export(
     from voxelbridge.detect.export_run import export_run
 
     print(export_run(run, output, check=check, weights=weights))
+
+
+study_app = typer.Typer(no_args_is_help=True)
+app.add_typer(study_app, name="study", help="A whole experiment matrix from one file.")
+
+StudyFile = Annotated[
+    str, typer.Argument(metavar="STUDY.toml", help="The study's file, or a shipped study's name.")
+]
+
+
+@study_app.command(name="run")
+def study_run(
+    study: StudyFile,
+    jobs: Annotated[int, typer.Option(min=1, help="Jobs at once on this machine.")] = 1,
+    device: Device = "auto",
+    executor: Annotated[
+        str, typer.Option(metavar="local|dask:ADDRESS|slurm", help="Where the jobs run.")
+    ] = "local",
+    gpus: Annotated[
+        str | None, typer.Option(help="Such as 0,1,2: one job at once on each of these GPUs.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes of a job that load.")] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List every job with its estimated GPU hours.")
+    ] = False,
+) -> None:
+    """Do every job that is not done; the same command goes on after a stop."""
+    from voxelbridge.detect.study.command import run as run_study
+
+    run_study(
+        study, jobs=jobs, device=device, executor=executor, gpus=gpus, workers=workers,
+        dry_run=dry_run,
+    )  # fmt: skip
+
+
+@study_app.command(name="status")
+def study_status(
+    study: StudyFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """The matrix with progress, failures and the time that is left."""
+    from voxelbridge.detect.study.command import status as show_status
+
+    show_status(study, json=as_json)
+
+
+@study_app.command(name="report")
+def study_report(
+    study: StudyFile,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; default: report in the study's.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="paper", help="Put the paper's figures beside.")
+    ] = None,
+    bootstrap: Annotated[
+        int, typer.Option(min=1, help="Resamplings of the images for the ranks.")
+    ] = 1000,
+) -> None:
+    """Tables, ranks and figures of what is finished."""
+    from voxelbridge.detect.study.command import report as write_report
+
+    write_report(study, output, compare=compare, samples=bootstrap)
 
 
 def main() -> None:

@@ -178,6 +178,8 @@ class PlannedStages(Config):
     features: tuple[PositiveInt, ...]
     strides: tuple[Triple, ...]  # z, y, x, relative to the stage before
     kernels: tuple[Triple, ...]
+    blocks: tuple[PositiveInt, ...] | None = None  # none: those of the encoder's name
+    conv_bias: bool | None = None  # none: as the encoder's name says
 
 
 class DetectConfig(TrainingSettings):
@@ -185,10 +187,11 @@ class DetectConfig(TrainingSettings):
 
     With `architecture = "plan"`, patch size, head levels and stages are those of the store's plan
     (`build.load_detect_config` fills them in); `encoder` still says which blocks the stages have.
+    With `architecture = "checkpoint"`, stages and blocks are those of the checkpoint to begin with.
     """
 
     encoder: Literal["resenc_l", "plain", "resenc_small", "plain_small"]
-    architecture: Literal["preset", "plan"] = "preset"
+    architecture: Literal["preset", "plan", "checkpoint"] = "preset"
     store_plan: Literal["default", "fixed"] | None = None  # rule of the store's plan; none: any
     stages: PlannedStages | None = None
     init: Literal["kaiming", "torch_default"] = "torch_default"
@@ -242,9 +245,10 @@ class DetectConfig(TrainingSettings):
 
     @model_validator(mode="after")
     def _fits_the_encoder(self) -> "DetectConfig":
-        if (self.architecture == "plan") != (self.stages is not None):
+        if (self.architecture != "preset") != (self.stages is not None):
             raise ValueError(
-                'stages and architecture = "plan" belong together; a store\'s plan gives both'
+                'stages and architecture = "plan" or "checkpoint" belong together; a store\'s '
+                "plan or the checkpoint of --init gives both"
             )
         strides = cumulative_strides(encoder_config(self).strides)
         levels = self.detector.head_levels
@@ -268,7 +272,7 @@ class DetectConfig(TrainingSettings):
 def encoder_config(config: DetectConfig) -> EncoderConfig:
     """The encoder that the config asks for: its preset, or that with the plan's stages.
 
-    Planned stages beyond those of the preset have as many blocks as its last one.
+    Where blocks are not stated, stages beyond those of the preset have as many as its last one.
     """
     preset = ENCODER_PRESETS[config.encoder]
     if config.stages is None:
@@ -279,10 +283,9 @@ def encoder_config(config: DetectConfig) -> EncoderConfig:
         features=config.stages.features,
         strides=config.stages.strides,
         kernels=config.stages.kernels,
-        blocks=tuple(
-            preset.blocks[min(stage, last)] for stage in range(len(config.stages.features))
-        ),
-        conv_bias=preset.conv_bias,
+        blocks=config.stages.blocks
+        or tuple(preset.blocks[min(stage, last)] for stage in range(len(config.stages.features))),
+        conv_bias=preset.conv_bias if config.stages.conv_bias is None else config.stages.conv_bias,
     )
 
 

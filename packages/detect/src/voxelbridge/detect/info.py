@@ -1,5 +1,6 @@
 """What a preset costs before anything is trained: parameters, operations, anchors, memory."""
 
+from collections.abc import Sequence
 from typing import Any, assert_never
 
 import torch
@@ -23,7 +24,12 @@ GIB = 2**30
 
 
 def describe_preset(
-    preset: str, *, in_channels: int = 1, num_classes: int = 1, plan: Plan | None = None
+    preset: str,
+    *,
+    in_channels: int = 1,
+    num_classes: int = 1,
+    plan: Plan | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:  # Any: JSON values
     """Facts of a preset as the JSON object of `vb-detect info --json`.
 
@@ -33,7 +39,7 @@ def describe_preset(
     `anchors` per patch, transformers `tokens` and `queries`.
     `plan` is that of a store, for presets whose architecture is "plan" and for the queries.
     """
-    config = load_detect_config(preset, plan=plan)
+    config = load_detect_config(preset, overrides, plan=plan)
     queries = plan.num_queries if plan else None
     with torch.device("meta"):
         detector = build_detector(

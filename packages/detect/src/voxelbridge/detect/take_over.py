@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from voxelbridge.core.arch.config import UFPNConfig
 from voxelbridge.core.checkpoint import Checkpoint, read_checkpoint
-from voxelbridge.core.errors import ConfigError
+from voxelbridge.core.errors import CheckpointError, ConfigError
 from voxelbridge.core.train.schedule import PolySchedule
 from voxelbridge.core.transfer import (
     STRIDES,
@@ -52,9 +52,14 @@ def take_over(
         )
     checkpoint, transfer = read_checkpoint(init), config.transfer
     allowed = _Allowances.of(transfer, checkpoint, detector)
-    report = transfer_encoder(
-        checkpoint, detector.encoder, stem=transfer.stem, allow=allowed.encoder
-    )
+    try:
+        report = transfer_encoder(
+            checkpoint, detector.encoder, stem=transfer.stem, allow=allowed.encoder
+        )
+    except CheckpointError as error:
+        if checkpoint.metadata.arch == detector.encoder.config:
+            raise
+        raise CheckpointError(f"{error}; --set architecture=checkpoint builds it") from error
     decoder = None
     if transfer.parts == "encoder+decoder":
         assert isinstance(detector, RetinaUNet)  # told to the user before anything was built

@@ -99,7 +99,7 @@ def train(
     overrides = with_arguments(preset, overrides, stem=stem, init_parts=init_parts, tune=tune)
     cases = CaseStore.open(store)
     plan = read_plan(store)
-    resolved = resolve_detect_config(preset, overrides, plan=plan)
+    resolved = resolve_detect_config(preset, overrides, plan=plan, init=init)
     config = resolved.config
     _check_rule(config, plan, store)
     split = _fold_of(store, fold)

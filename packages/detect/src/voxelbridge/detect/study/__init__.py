@@ -1,0 +1,1 @@
+"""The experiment matrix: stated in one file, worked off job by job, told and reported."""
