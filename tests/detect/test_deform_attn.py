@@ -82,6 +82,7 @@ def test_interpreted_kernels_give_the_golden_vectors(shared: Path, name: str) ->
             assert errors[dtype][key] <= tolerance, (dtype, key, errors[dtype][key])
 
 
+@pytest.mark.long
 def test_interpreted_kernels_hold_at_the_edges() -> None:
     facts = interpret("edges")
     assert len(facts) == 8
