@@ -65,7 +65,7 @@ def _check_predictions(folder: Path, dataset: Path) -> None:
         assert (folder / f"{name}.png").is_file()
 
 
-@pytest.mark.long  # shorter ones: tests/core/train/test_restart.py, tests/pretrain_ssl/test_train.py
+@pytest.mark.long  # shorter: core/train/test_restart.py, pretrain_ssl/test_train.py
 @pytest.mark.slow
 def test_a_killed_training_goes_on_bit_identically(raw_dataset: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
