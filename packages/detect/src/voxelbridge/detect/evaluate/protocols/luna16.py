@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from voxelbridge.core.files import write_json
-from voxelbridge.detect.evaluate.froc import FPPI
-from voxelbridge.detect.evaluate.protocols.froc_readings import Reading, bootstrap, protocol_json
+from voxelbridge.detect.evaluate.protocols.froc_readings import Reading
 from voxelbridge.detect.evaluate.protocols.marks import (
     Cut,
     check_arguments,
-    match_marks,
     read_findings,
     read_marks,
     read_scans,
+    score_marks,
 )
 
 PROTOCOL = "LUNA16"
@@ -41,17 +40,10 @@ def evaluate_luna16(
     included = read_findings(annotations, listed, FINDING_COLUMNS, key=str)
     others = read_findings(excluded, listed, FINDING_COLUMNS, key=str)
     marks = read_marks(predictions, listed, MARK_COLUMNS, key=str, case_key=_case_id)
-    matched = match_marks(marks, included, others, num_scans=len(listed), cut=CUT)
-    facts: dict[str, Any] = {
-        "reading": reading,
-        "num_scans": len(listed),
-        "num_nodules": len(included.scan),
-        "dropped": {"over_limit": matched.over_limit, "unknown_scans": marks.unknown},
-    }
-    if samples:
-        facts["bootstrap"] = bootstrap(matched.ranked, reading, samples=samples, seed=seed)
-    sensitivity = matched.ranked.sensitivities(reading)
-    content = protocol_json(PROTOCOL, sensitivity, fppi=FPPI, counts=matched.counts, facts=facts)
+    content = score_marks(
+        PROTOCOL, marks, included, others, num_scans=len(listed), cut=CUT, reading=reading,
+        samples=samples, seed=seed,
+    )  # fmt: skip
     write_json(output, content)
     return content
 

@@ -6,12 +6,22 @@ Letters: N marks, F findings.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from voxelbridge.core.errors import ConfigError, DataError
 from voxelbridge.core.files import read_json
-from voxelbridge.detect.evaluate.protocols.froc_readings import Flags, Floats, Ints, RankedMarks
+from voxelbridge.detect.evaluate.froc import FPPI
+from voxelbridge.detect.evaluate.protocols.froc_readings import (
+    Flags,
+    Floats,
+    Ints,
+    RankedMarks,
+    Reading,
+    bootstrap,
+    protocol_json,
+)
 from voxelbridge.detect.evaluate.tables import (
     finite_numbers,
     line_error,
@@ -122,6 +132,32 @@ def match_marks(
         np.bincount(included.scan, minlength=num_scans),
     )
     return Matched(ranked, counts, over_limit=len(marks.scan) - counts["candidates"])
+
+
+def score_marks(
+    protocol: str,
+    marks: Marks,
+    included: Findings,
+    excluded: Findings,
+    *,
+    num_scans: int,
+    cut: Cut,
+    reading: Reading,
+    samples: int,
+    seed: int,
+) -> dict[str, Any]:  # Any: a JSON object
+    """What a protocol of marks writes: its score, and with `samples` above 0 its intervals."""
+    matched = match_marks(marks, included, excluded, num_scans=num_scans, cut=cut)
+    facts: dict[str, Any] = {
+        "reading": reading,
+        "num_scans": num_scans,
+        "num_nodules": len(included.scan),
+        "dropped": {"over_limit": matched.over_limit, "unknown_scans": marks.unknown},
+    }
+    if samples:
+        facts["bootstrap"] = bootstrap(matched.ranked, reading, samples=samples, seed=seed)
+    sensitivity = matched.ranked.sensitivities(reading)
+    return protocol_json(protocol, sensitivity, fppi=FPPI, counts=matched.counts, facts=facts)
 
 
 def read_scans(path: Path, *, key: Callable[[str], str] = str) -> dict[str, int]:

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from voxelbridge.core.files import write_json
-from voxelbridge.detect.evaluate.froc import FPPI
-from voxelbridge.detect.evaluate.protocols.froc_readings import Reading, bootstrap, protocol_json
+from voxelbridge.detect.evaluate.protocols.froc_readings import Reading
 from voxelbridge.detect.evaluate.protocols.marks import (
     Cut,
     Findings,
     check_arguments,
-    match_marks,
     read_findings,
     read_marks,
     read_scans,
+    score_marks,
 )
 
 PROTOCOL = "PN9"
@@ -42,17 +41,10 @@ def evaluate_pn9(
     listed = read_scans(scans, key=pid_of)
     nodules = read_findings(annotations, listed, FINDING_COLUMNS, key=pid_of)
     marks = read_marks(predictions, listed, MARK_COLUMNS, key=pid_of, case_key=pid_of)
-    matched = match_marks(marks, nodules, Findings.none(), num_scans=len(listed), cut=CUT)
-    facts: dict[str, Any] = {
-        "reading": reading,
-        "num_scans": len(listed),
-        "num_nodules": len(nodules.scan),
-        "dropped": {"over_limit": matched.over_limit, "unknown_scans": marks.unknown},
-    }
-    if samples:
-        facts["bootstrap"] = bootstrap(matched.ranked, reading, samples=samples, seed=seed)
-    sensitivity = matched.ranked.sensitivities(reading)
-    content = protocol_json(PROTOCOL, sensitivity, fppi=FPPI, counts=matched.counts, facts=facts)
+    content = score_marks(
+        PROTOCOL, marks, nodules, Findings.none(), num_scans=len(listed), cut=CUT, reading=reading,
+        samples=samples, seed=seed,
+    )  # fmt: skip
     write_json(output, content)
     return content
 
