@@ -2,40 +2,46 @@
 
     uv run tools/few_labels.py --out few-labels                 # small encoder, CPU, about an hour
     uv run tools/few_labels.py --out few-labels --scale full    # ResEnc-L on a GPU
+    uv run tools/few_labels.py --out again --first-seed 11 --method mae --method voco --labels 8
 
 Per seed, on phantoms of its own: pre-training on unlabelled volumes with each method, then
 fine-tuning one detector with 4, 8 and 16 labelled volumes from each encoder, from scratch, and from
-a control with MAE's weights shuffled within every tensor; all measured on the same unseen phantoms.
-The same command goes on where it stopped: finished cells are kept. The protocol, fixed before the
-first run, and what came out are in docs/experiments/few_labels.md.
+controls with a method's weights shuffled within every tensor; all measured on the same unseen
+phantoms. The same command goes on where it stopped: finished cells are kept. The protocols, fixed
+before the first run, and what came out are in docs/experiments/few_labels.md.
 """
 
-import csv
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from few_labels_results import PRIMARY, SCRATCH, SHUFFLED, write_results
 
 from voxelbridge.core.command_line import run_app
+from voxelbridge.core.errors import ConfigError
 
-METHODS = ("mae", "s3d", "models_genesis", "voco")
-SHUFFLED = "shuffled"  # the control: the weights of METHODS[0], permuted within each tensor
-SCRATCH = "scratch"
-ARMS = (SCRATCH, *METHODS, SHUFFLED)
 LABELS = (4, 8, 16)
-PRIMARY = "mAP@0.10"
-CONFIDENCE = 0.95
 
 Device = Literal["auto", "cpu", "cuda"]
 Scale = Literal["small", "full"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Method(StrEnum):
+    """Pre-trainings that are compared."""
+
+    mae = "mae"
+    s3d = "s3d"
+    models_genesis = "models_genesis"
+    voco = "voco"
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,32 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Trainings side by side.")] = 2,
     scale: Annotated[Scale, typer.Option(help="small: CPU; full: ResEnc-L on a GPU.")] = "small",
     device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = "auto",
+    first_seed: Annotated[int, typer.Option(min=0, help="0 is for rehearsals.")] = 1,
+    method: Annotated[
+        list[Method] | None, typer.Option(help="Pre-training to compare; repeatable; or all.")
+    ] = None,
+    shuffle: Annotated[
+        list[Method] | None,
+        typer.Option(help="Method whose shuffled weights are a control; repeatable; or MAE."),
+    ] = None,
+    labels: Annotated[
+        list[int] | None, typer.Option(help="Labelled volumes: 4, 8, 16; repeatable; or all.")
+    ] = None,
 ) -> None:
     protocol = PROTOCOLS[scale]
-    chosen = range(1, seeds + 1)  # seed 0 is for rehearsals
+    methods = [name.value for name in method or Method]
+    controls = [name.value for name in shuffle or [Method.mae]]
+    counts = labels or LABELS
+    if unknown := set(counts) - set(LABELS):
+        raise ConfigError(f"--labels {sorted(unknown)}: expected some of {list(LABELS)}")
+    if strangers := set(controls) - set(methods):
+        raise ConfigError(f"--shuffle {sorted(strangers)}: name the same as --method")
+    arms = [SCRATCH, *methods, *(SHUFFLED + name for name in controls)]
+    chosen = range(first_seed, first_seed + seeds)
     stages = [
         [Cell(seed, "data", 0) for seed in chosen],
-        [Cell(seed, method, 0) for seed in chosen for method in METHODS],
-        [Cell(seed, arm, labels) for seed in chosen for labels in LABELS for arm in ARMS],
+        [Cell(seed, name, 0) for seed in chosen for name in methods],
+        [Cell(seed, arm, count) for seed in chosen for count in counts for arm in arms],
     ]
     for stage in stages:
         run_cells(stage, out, protocol, workers=workers, device=device)
@@ -166,7 +191,7 @@ def make_data(folder: Path, seed: int, protocol: Protocol) -> dict[str, Any]:  #
 def pretrain(
     folder: Path, cell: Cell, protocol: Protocol, device: Device
 ) -> dict[str, Any]:  # Any: JSON values
-    """One method on the unlabelled phantoms; after the first method also the shuffled control."""
+    """One method on the unlabelled phantoms, and its encoder's shuffled control."""
     from voxelbridge.core.config import load_config, preset_path
     from voxelbridge.core.train.metrics import read_metrics
     from voxelbridge.pretrain_ssl.config import PretrainConfig
@@ -186,8 +211,8 @@ def pretrain(
     run = folder / "runs" / cell.arm
     train(config, store=folder / "images", run=run, device=device, workers=0)
     export(run, encoder_of(folder, cell.arm))
-    if cell.arm == METHODS[0]:
-        shuffle_weights(encoder_of(folder, cell.arm), encoder_of(folder, SHUFFLED), cell.seed)
+    shuffled = encoder_of(folder, SHUFFLED + cell.arm)
+    shuffle_weights(encoder_of(folder, cell.arm), shuffled, cell.seed)
     last = read_metrics(run / "metrics.jsonl")[-1]
     return {name: last[name] for name in ("val_loss", "val_trivial")}
 
@@ -243,115 +268,8 @@ def shuffle_weights(source: Path, target: Path, seed: int) -> None:
         name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)
         for name, tensor in checkpoint.tensors.items()
     }
-    metadata = checkpoint.metadata.model_copy(update={"method": SHUFFLED})
+    metadata = checkpoint.metadata.model_copy(update={"method": target.stem})
     write_checkpoint(target, Checkpoint(metadata, tensors))
-
-
-def write_results(out: Path, results: Sequence[dict[str, Any]]) -> None:  # Any: JSON values
-    """results.csv, comparison.md, few_labels.png, and the comparison on the terminal."""
-    with (out / "results.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
-    table = comparison_table(results)
-    (out / "comparison.md").write_text(table + "\n")
-    draw(out / "few_labels.png", results)
-    print(table)
-
-
-def scores(
-    results: Sequence[dict[str, Any]], arm: str, labels: int, figure: str = PRIMARY
-) -> list[float]:
-    """The figure of an arm by seed; an undefined one counts as 0."""
-    chosen = [r for r in results if r["arm"] == arm and r["labels"] == labels]
-    return [r[figure] or 0.0 for r in sorted(chosen, key=lambda r: r["seed"])]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Paired difference of an arm to scratch over the seeds."""
-
-    arm: str
-    labels: int
-    mean: float
-    low: float
-    high: float
-    p_value: float
-    adjusted: float = 1.0  # by Holm over all comparisons
-
-
-def differences(results: Sequence[dict[str, Any]], figure: str = PRIMARY) -> list[Difference]:
-    """Every arm against scratch: mean, 95 % interval and p of the paired t-test, with Holm's."""
-    import numpy as np
-    from scipy import stats
-
-    found = []
-    for labels in LABELS:
-        base = np.array(scores(results, SCRATCH, labels, figure))
-        for arm in ARMS[1:]:
-            gains = np.array(scores(results, arm, labels, figure)) - base
-            mean, error = float(gains.mean()), float(stats.sem(gains))
-            half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(gains) - 1)) * error
-            ratio = abs(mean) / error if error else (np.inf if mean else 0.0)
-            p_value = 2 * float(stats.t.sf(ratio, len(gains) - 1))
-            found.append(Difference(arm, labels, mean, mean - half, mean + half, p_value))
-    order = sorted(range(len(found)), key=lambda n: found[n].p_value)
-    running = 0.0
-    adjusted = [1.0] * len(found)
-    for rank, number in enumerate(order):
-        running = max(running, min(1.0, (len(found) - rank) * found[number].p_value))
-        adjusted[number] = running
-    return [
-        Difference(d.arm, d.labels, d.mean, d.low, d.high, d.p_value, holm)
-        for d, holm in zip(found, adjusted, strict=True)
-    ]
-
-
-def comparison_table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: mean and standard deviation of each arm, and its difference to scratch."""
-    import numpy as np
-
-    by_cell = {(d.arm, d.labels): d for d in differences(results)}
-    seeds = len(scores(results, SCRATCH, LABELS[0]))
-    lines = [
-        f"| labels | arm | {PRIMARY} mean (sd) of {seeds} seeds | difference to scratch, 95 % "
-        "interval | p | p (Holm) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for labels in LABELS:
-        for arm in ARMS:
-            values = np.array(scores(results, arm, labels))
-            text = f"| {labels} | {arm} | {values.mean():.3f} ({values.std(ddof=1):.3f})"
-            if (d := by_cell.get((arm, labels))) is None:
-                lines.append(f"{text} | | | |")
-            else:
-                lines.append(
-                    f"{text} | {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] | {d.p_value:.3f} | "
-                    f"{d.adjusted:.3f} |"
-                )
-    return "\n".join(lines)
-
-
-def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Differences to scratch with their intervals, one panel per number of labels."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(LABELS), sharey=True, sharex=True)
-    for panel, labels in zip(panels, LABELS, strict=True):
-        chosen = [d for d in differences(results) if d.labels == labels]
-        base = scores(results, SCRATCH, labels)
-        for row, d in enumerate(chosen):
-            gains = [a - b for a, b in zip(scores(results, d.arm, labels), base, strict=True)]
-            panel.scatter(gains, [row + 0.22] * len(gains), s=9, color="0.6")
-            panel.plot([d.low, d.high], [row, row], color="#125ca5", linewidth=2)
-            panel.plot([d.mean], [row], "o", color="#125ca5")
-        panel.axvline(0, color="0.3", linewidth=0.8)
-        panel.set_title(f"{labels} labelled volumes", fontsize=10)
-        panel.set_yticks(range(len(chosen)), [d.arm for d in chosen])
-        panel.set_xlabel(f"{PRIMARY} minus scratch", fontsize=9)
-    panels[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
