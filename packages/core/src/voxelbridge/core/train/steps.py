@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from voxelbridge.core.errors import VoxelbridgeError
 from voxelbridge.core.train.absent_parts import average_gradients, lacks_parts, same_weights
+from voxelbridge.core.train.cpu_bfloat16 import run_fragile_convolutions_in_float32
 from voxelbridge.core.train.distributed import World
 
 MemoryFormat = Literal["auto", "contiguous", "channels_last_3d"]
@@ -146,6 +147,8 @@ def place(
     automatic = memory_format == "auto" and device.type == "cpu" and precision == "fp32"
     if automatic or memory_format == "channels_last_3d":
         module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue] torch's stubs miss it
+    if device.type == "cpu" and precision == "bf16":
+        run_fragile_convolutions_in_float32(module)
     return module
 
 
