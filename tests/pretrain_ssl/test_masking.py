@@ -33,6 +33,12 @@ def test_paper_hides_1296_of_1728_blocks() -> None:
     assert hidden_count(grid, 0.75) == 1296
 
 
+def test_the_share_is_taken_of_the_whole_number_of_blocks() -> None:
+    # 0.6 * 3 * 3 * 5, multiplied one by one, rounds to a little less than 27.
+    assert hidden_count((3, 3, 5), 0.6) == 27
+    assert random_block_mask(np.random.default_rng(0), (3, 3, 5), ratio=0.6).sum() == 27
+
+
 def test_mask_depends_on_the_generator_alone() -> None:
     first, again, other = (
         random_block_mask(np.random.default_rng(seed), (4, 4, 4), ratio=0.75) for seed in (1, 1, 2)

@@ -139,3 +139,15 @@ def test_excluded_voxels_count_neither_in_the_loss_nor_in_its_gradient(share: fl
     difference = torch.where(counted, prediction.detach() - image, 0)
     assert loss.item() == pytest.approx(difference.square().sum().item() / number, rel=1e-5)
     torch.testing.assert_close(prediction.grad, 2 * difference / number)
+
+
+def test_excluded_voxels_do_not_count_even_if_not_finite() -> None:
+    image = torch.tensor([[[[[0.0, torch.nan, 0.0, 0.0]]]]])
+    prediction = torch.tensor([[[[[1.0, 0.0, torch.inf, 7.0]]]]], requires_grad=True)
+    hidden = torch.tensor([[[[True, True, True, False]]]])
+    excluded = torch.tensor([[[[False, True, True, True]]]])
+    loss = masked_mse_outside(prediction, image, hidden, excluded)
+    loss.backward()
+    assert loss.item() == 1.0
+    assert prediction.grad is not None
+    assert prediction.grad.flatten().tolist() == [2.0, 0.0, 0.0, 0.0]

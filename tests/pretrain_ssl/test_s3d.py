@@ -375,6 +375,11 @@ def test_target_is_normed_per_block_and_channel_where_asked() -> None:
         assert objective.trivial(batch).item() == pytest.approx(63 / 64, rel=1e-3)
 
 
+def test_a_target_normed_over_blocks_of_one_voxel_is_refused() -> None:
+    with pytest.raises(ValueError, match="one voxel has no variance"):
+        S3D(block_size=1, normalize_target=True)
+
+
 def test_picture_shows_image_visible_part_and_reconstruction() -> None:
     config = S3D(block_size=4)
     batch = tiny_batch(config)

@@ -1,6 +1,7 @@
 """Block masks. Polarity everywhere: `hidden`, True = masked out."""
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ def block_grid(patch_size: Sequence[int], block_size: int) -> GridShape:
 
 def hidden_count(grid: GridShape, ratio: float) -> int:
     """int(ratio * blocks): how many blocks of a patch are hidden."""
-    return int(ratio * grid[0] * grid[1] * grid[2])
+    # The blocks first: 0.6 * 3 * 3 * 5 rounds to less than the 27 of 0.6 * 45.
+    return int(ratio * prod(grid))
 
 
 def random_block_mask(

@@ -1,5 +1,6 @@
 """Hiding blocks of an image, and how well they were reconstructed."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -21,21 +22,14 @@ def masked_mse(prediction: Tensor, image: Tensor, hidden: Tensor) -> Tensor:
     Shapes as in `hide`; gradients go to `prediction` only; 0 where nothing is hidden. Forward and
     backward hold one full-size temporary each.
     """
-    loss = _MaskedMSE.apply(prediction, image, hidden)
-    assert isinstance(loss, Tensor)
-    return loss
+    return _apply(prediction, image, hidden, None)
 
 
 def masked_mse_outside(
     prediction: Tensor, image: Tensor, hidden: Tensor, excluded: Tensor
 ) -> Tensor:
     """`masked_mse` over the hidden voxels that are not `excluded` (B, D, H, W), True = left out."""
-    left_out = excluded[:, None]
-    loss = masked_mse(torch.where(left_out, image, prediction), image, hidden)
-    blocks = as_blocks(left_out, hidden.shape[1:]).sum(dim=(1, 3, 5, 7))  # (B, gz, gy, gx)
-    all_hidden = hidden.sum() * (excluded.numel() // hidden.numel())
-    counted = all_hidden - torch.where(hidden, blocks, 0).sum()
-    return loss * (all_hidden / counted.clamp(min=1))
+    return _apply(prediction, image, hidden, excluded)
 
 
 def visible_means(image: Tensor, hidden: Tensor) -> Tensor:
@@ -48,30 +42,44 @@ def visible_means(image: Tensor, hidden: Tensor) -> Tensor:
 
 class _MaskedMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, image: Tensor, hidden: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, prediction: Tensor, image: Tensor, hidden: Tensor, excluded: Tensor | None
+    ) -> Tensor:
         # Any: torch's context object takes whatever is put on it
-        ctx.save_for_backward(prediction, image, hidden)
-        squares = _difference(prediction, image).square_()
+        count = _counted(prediction, hidden, excluded)
+        ctx.save_for_backward(prediction, image, hidden, excluded, count)
+        squares = _difference(prediction, image, excluded).square_()
         per_block = as_blocks(squares, hidden.shape[1:]).sum(dim=(1, 3, 5, 7))  # (B, gz, gy, gx)
         # where, not a product: what was visible must not matter even if it is not finite
-        total = torch.where(hidden, per_block, 0.0).sum()
-        return total / _hidden_voxels(prediction, hidden)
+        return torch.where(hidden, per_block, 0.0).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        prediction, image, hidden = ctx.saved_tensors
-        difference = _difference(prediction, image)
-        scale = gradients[0].float() * 2 / _hidden_voxels(prediction, hidden)
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        prediction, image, hidden, excluded, count = ctx.saved_tensors
+        difference = _difference(prediction, image, excluded)
         blocks = as_blocks(difference, hidden.shape[1:])
-        blocks.masked_fill_(over_blocks(~hidden), 0).mul_(scale)
-        return difference.to(prediction.dtype), None, None
+        blocks.masked_fill_(over_blocks(~hidden), 0).mul_(gradients[0].float() * 2 / count)
+        return difference.to(prediction.dtype), None, None, None
 
 
-def _difference(prediction: Tensor, image: Tensor) -> Tensor:
+def _apply(prediction: Tensor, image: Tensor, hidden: Tensor, excluded: Tensor | None) -> Tensor:
+    loss = _MaskedMSE.apply(prediction, image, hidden, excluded)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _difference(prediction: Tensor, image: Tensor, excluded: Tensor | None) -> Tensor:
+    """In float32, 0 where excluded: there, too, a value that is not finite must not matter."""
     difference = torch.empty(image.shape, dtype=torch.float32, device=image.device)
-    return torch.sub(prediction, image, out=difference)
+    torch.sub(prediction, image, out=difference)
+    return difference if excluded is None else difference.masked_fill_(excluded[:, None], 0)
 
 
-def _hidden_voxels(prediction: Tensor, hidden: Tensor) -> Tensor:
-    """Number of hidden elements (voxels x channels) of the batch, on the device."""
-    return hidden.sum().clamp(min=1) * (prediction.numel() / hidden.numel())
+def _counted(prediction: Tensor, hidden: Tensor, excluded: Tensor | None) -> Tensor:
+    """Number of elements (voxels x channels) of the batch that count, on the device."""
+    batch, channels, *size = prediction.shape
+    voxels = hidden.sum() * (batch * prod(size) // hidden.numel())
+    if excluded is not None:
+        left_out = as_blocks(excluded[:, None], hidden.shape[1:]).sum(dim=(1, 3, 5, 7))
+        voxels = voxels - torch.where(hidden, left_out, 0).sum()
+    return voxels.clamp(min=1) * channels

@@ -14,6 +14,7 @@ normalisation is `normalize_target`.
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from voxelbridge.core.arch.blocks import NORM_EPS
@@ -47,6 +48,14 @@ class S3D(BlockMasking):
     name: Literal["s3d"] = "s3d"
     parity: Literal["paper", "nnssl"] = "paper"
     normalize_target: bool = False  # SparK: reconstruct each block with mean 0 and variance 1
+
+    @model_validator(mode="after")
+    def _blocks_have_a_variance(self) -> "S3D":
+        if self.normalize_target and self.block_size == 1:
+            raise ValueError(
+                "normalize_target needs block_size 2 or more: one voxel has no variance"
+            )
+        return self
 
     @property
     def citations(self) -> tuple[str, ...]:
