@@ -156,6 +156,31 @@ def test_limits_of_a_mostly_constant_patch_are_its_extremes() -> None:
     np.testing.assert_array_equal(patch_limits(patch, 0.5), [[-3, 5]])
 
 
+@pytest.mark.parametrize("percentile", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("value", "step", "peak"),
+    [
+        (1e8, 0.0, 0.0),  # 1e8 +- 0.5 are one float32
+        (-3e38, 0.0, 0.0),
+        (-0.3, 3e-8, 1000.0),  # a background but for rounding, and 1 voxel in 1,000
+        (0.0, 1e-42, 1000.0),
+    ],
+)
+def test_rounding_is_no_range(percentile: float, value: float, step: float, peak: float) -> None:
+    values = np.full(1000, value, dtype=np.float32)
+    values[::2] += np.float32(step)
+    values[7] += np.float32(peak)
+    patch = values.reshape(1, 10, 10, 10)
+    low, high = patch_limits(patch, percentile)[0].tolist()
+    assert (low <= patch).all()
+    assert (patch <= high).all()
+    assert np.float32(high) - np.float32(low) >= max(0.5, peak, 1e-6 * abs(value))
+    within = IntensityRange.from_limits(torch.tensor([[[low, high]]]))
+    there = within.to_unit(batched(patch[None]))
+    assert there.isfinite().all()
+    np.testing.assert_allclose(within.from_unit(there)[0], patch, rtol=1e-6, atol=1e-3)
+
+
 def test_range_there_and_back_is_the_identity() -> None:
     image = torch.randn(2, 2, 4, 5, 6)
     limits = torch.tensor([[[-1, 2], [0, 1]], [[-3, 3], [2, 2.5]]])

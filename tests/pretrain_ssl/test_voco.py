@@ -285,6 +285,28 @@ def test_float32_losses_equal_the_loops_in_float64(parity: Literal["paper", "nns
     assert total.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("parity", PARITIES)
+@pytest.mark.parametrize("scale", [1.0, 1e25])
+def test_small_cosines_of_crops_that_are_the_same_do_not_drown_in_rounding(
+    parity: Literal["paper", "nnssl"], scale: float
+) -> None:
+    # o = 1, c near 0: the logarithm is taken of c + 1e-6
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    bases = directions[None, :4] + 0.1 * directions[:1]
+    targets = directions[None, 8:] + torch.logspace(-6, -2, 8)[:, None] * directions[:1]
+    overlap = torch.eye(4)[None, [0] * 8]
+    bases, targets = (x.mul(scale).requires_grad_() for x in (bases, targets))
+    counts = "volume" if parity == "paper" else "batch"
+    total = overlap_loss(cosines(targets, bases), overlap, counts=counts).sum
+    total = total + base_similarity(bases, form=parity)
+    total.backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (bases, targets))
+    p, q = (x.detach().double() for x in (bases, targets))
+    expected = slow_total(p, q, overlap, parity=parity, teacher=None)
+    assert total.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
 @given(seed=st.integers(0, 999), counts=st.sampled_from(["volume", "batch"]))
 @settings(deadline=None, max_examples=20)
 def test_overlap_loss_equals_the_loop(seed: int, counts: Literal["volume", "batch"]) -> None:

@@ -8,21 +8,15 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from voxelbridge.core.arch.config import Triple
-from voxelbridge.core.config import Config
+from voxelbridge.pretrain_ssl.excluded_voxels import ExcludedVoxels
 from voxelbridge.pretrain_ssl.masking import block_grid, hidden_count, random_block_mask
 
 
-class BlockMasking(Config):
+class BlockMasking(ExcludedVoxels):
     """Base of the configs of such methods."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # of the blocks of a patch
     block_size: PositiveInt = 16  # edge of a mask block in voxels
-    exclude_mask: str | None = None  # stored mask whose voxels do not count, e.g. "anonymization"
-
-    @property
-    def used_masks(self) -> tuple[str, ...]:
-        """Names of the stored masks that `views` takes."""
-        return () if self.exclude_mask is None else (self.exclude_mask,)
 
     @property
     def reads_voxels(self) -> bool:
@@ -48,7 +42,5 @@ class BlockMasking(Config):
     ) -> dict[str, NDArray[Any]]:
         """`image` (C, D, H, W), `hidden` blocks (gz, gy, gx), and `excluded` where asked for."""
         grid = block_grid(patch.shape[1:], self.block_size)
-        views = {"image": patch, "hidden": random_block_mask(rng, grid, ratio=self.mask_ratio)}
-        if self.exclude_mask is not None:
-            views["excluded"] = masks[self.exclude_mask] != 0
-        return views
+        hidden = random_block_mask(rng, grid, ratio=self.mask_ratio)
+        return {"image": patch, "hidden": hidden} | self.excluded(masks)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from voxelbridge.pretrain_ssl.corruptions.intensity import IntensityRange
 
-KNOTS = 4096  # straight pieces between them deviate from the curve by less than 1e-7
+KNOTS = 2**12  # a power of 2; straight pieces between them deviate from the curve by less than 1e-7
 
 Direction = Literal[-1, 0, 1]  # decreasing curve, none, increasing curve
 
@@ -69,7 +69,7 @@ def _interpolate(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
     slope = torch.where(run > 0, rise / run, 0.0)
     start = torch.where(run > 0, y[:, :-1], y[:, 1:])  # a steep end may have no width in float32
     pieces = slope.shape[1]
-    piece = torch.searchsorted(x, values, right=True, out_int32=True).sub_(1).clamp_(0, pieces - 1)
+    piece = _last_not_above(x, values).clamp_(max=pieces - 1)
     piece += pieces * torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
     piece = piece.flatten()
     left, low, slope = (
@@ -77,3 +77,19 @@ def _interpolate(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
         for table in (x[:, :-1], start, slope)
     )
     return low.addcmul_(values - left, slope)
+
+
+def _last_not_above(x: Tensor, values: Tensor) -> Tensor:
+    """Number of the last of the rising knots x (B, K) that is <= each value; (B, N) int32.
+
+    K is a power of 2; 0 where no knot is. A search by halves for all values at once: voxels come
+    in no order, and on a CPU torch.searchsorted takes twice as long.
+    """
+    table, step = x.flatten(), x.shape[1] // 2
+    first = x.shape[1] * torch.arange(len(x), dtype=torch.int32, device=x.device)[:, None]
+    found = first.repeat(1, values.shape[1])
+    while step:
+        knots = table.index_select(0, (found + step).flatten()).view_as(values)
+        found += (knots <= values).int().mul_(step)
+        step //= 2
+    return found - first

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MAX_SAMPLED = 2**16  # voxels that a percentile is taken over
+LEAST_WIDTH = 1e-6  # of a range, as a share of the largest value: less is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +37,8 @@ def patch_limits(patch: NDArray[np.float32], percentile: float) -> NDArray[np.fl
     """Lowest and highest value that count as 0 and 1, of each channel of (C, D, H, W), (C, 2).
 
     The `percentile`-th and (100 - percentile)-th percentile over at most MAX_SAMPLED evenly spread
-    voxels; the extremes of all voxels for 0 or where most voxels are the same. A constant channel
-    has [value - 0.5, value + 0.5].
+    voxels; the extremes of all voxels for 0 or where most voxels are the same but for rounding. A
+    constant channel has [value - 0.5, value + 0.5], and more for values beyond a million.
     """
     channels = patch.reshape(len(patch), -1)
     return np.stack([_limits(channel, percentile) for channel in channels]).astype(np.float32)
@@ -49,13 +50,16 @@ def unit_limits(channels: int) -> NDArray[np.float32]:
 
 
 def _limits(values: NDArray[np.float32], percentile: float) -> NDArray[np.float32]:
+    low, high = float(values.min()), float(values.max())
+    least = LEAST_WIDTH * max(-low, high)
     if percentile > 0:
         sampled = values[:: _stride(values.size)]
-        limits = np.percentile(sampled, (percentile, 100 - percentile))
-        if limits[0] < limits[1]:
-            return limits.astype(np.float32)
-    low, high = np.float32(values.min()), np.float32(values.max())
-    return np.array([low, high] if low < high else [low - 0.5, low + 0.5], dtype=np.float32)
+        first, last = np.percentile(sampled, (percentile, 100 - percentile))
+        if last - first > least:
+            return np.array([first, last], dtype=np.float32)
+    half = max(0.5, least)
+    limits = [low, high] if high - low > least else [low - half, low + half]
+    return np.array(limits, dtype=np.float32)
 
 
 def _stride(count: int) -> int:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from voxelbridge.core.arch.config import DecoderConfig, Triple
 from voxelbridge.core.arch.encoder import PlainEncoder, ResEncoder
 from voxelbridge.core.arch.unet import UNetDecoder, build_decoder, one_conv_per_level
-from voxelbridge.core.config import Config
 from voxelbridge.pretrain_ssl.corruptions.bezier import bend, draw_control_points, draw_direction
 from voxelbridge.pretrain_ssl.corruptions.intensity import (
     IntensityRange,
@@ -33,6 +32,7 @@ from voxelbridge.pretrain_ssl.corruptions.intensity import (
 from voxelbridge.pretrain_ssl.corruptions.noise import draw_seed
 from voxelbridge.pretrain_ssl.corruptions.painting import draw_cuboids, draw_paint, paint_noise
 from voxelbridge.pretrain_ssl.corruptions.shuffling import draw_windows, no_windows, shuffle
+from voxelbridge.pretrain_ssl.excluded_voxels import ExcludedVoxels
 from voxelbridge.pretrain_ssl.panels import Picture, slice_panel
 
 CITATIONS = (
@@ -48,7 +48,7 @@ Parity = Literal["paper", "nnssl"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class ModelsGenesis(Config):
+class ModelsGenesis(ExcludedVoxels):
     """Settings of the method, and how they become an objective and views of a patch."""
 
     name: Literal["models_genesis"] = "models_genesis"
@@ -62,12 +62,6 @@ class ModelsGenesis(Config):
     outpaint_share: Probability = 0.8  # of the painted patches; the others are in-painted
     cuboid_probability: Probability = 0.95  # of a further cuboid, given the one before
     range_percentile: Annotated[float, Field(ge=0, lt=50)] = 0.5  # stands for 0; 0 = the minimum
-    exclude_mask: str | None = None  # stored mask whose voxels do not count, e.g. "anonymization"
-
-    @property
-    def used_masks(self) -> tuple[str, ...]:
-        """Names of the stored masks that `views` takes."""
-        return () if self.exclude_mask is None else (self.exclude_mask,)
 
     @property
     def citations(self) -> tuple[str, ...]:
@@ -102,11 +96,9 @@ class ModelsGenesis(Config):
         """The flipped patch (C, D, H, W) as `image`, `excluded`, and what `spoil` takes."""
         axes = self._flips(rng)
         image = np.ascontiguousarray(np.flip(patch, axes))
-        views: dict[str, NDArray[Any]] = {"image": image} | self._corruption(image, rng)
-        if self.exclude_mask is not None:
-            spatial = tuple(axis - 1 for axis in axes if axis > 0)
-            views["excluded"] = np.flip(masks[self.exclude_mask], spatial) != 0
-        return views
+        flipped = tuple(axis - 1 for axis in axes if axis > 0)
+        excluded = self.excluded(masks, flipped=flipped)
+        return {"image": image} | self._corruption(image, rng) | excluded
 
     def _flips(self, rng: np.random.Generator) -> tuple[int, ...]:
         """Axes of (C, D, H, W) to flip along: those drawn an odd number of times."""
