@@ -304,6 +304,10 @@ def test_semantic_map_without_things_says_what_to_add(tmp_path: Path) -> None:
     assert RawDataset.open(tmp_path).class_names == ("organ", "tumour", "cyst", "mass")
     with pytest.raises(DataError, match=r"case a: .*no 'things'"):
         _objects(tmp_path)
+    with pytest.raises(DataError, match=r"no 'things', and none of 1 .*\"things\": \[\"mass\"\]$"):
+        RawDataset.open(tmp_path).require_things()
+    _json(tmp_path / "labelsTr" / "a.json", {"instances": {}})
+    RawDataset.open(tmp_path).require_things()
 
 
 def test_detached_images_are_read_from_their_own_folder(tmp_path: Path) -> None:

@@ -792,16 +792,19 @@ def test_value_with_a_huge_length_is_refused(
     assert "huge/001.dcm" in refusal(tmp_path)
 
 
-def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, write_series: Any) -> None:
+def test_links_are_followed_and_broken_ones_refused(tmp_path: Path, write_series: Any) -> None:
     files = write_series(tmp_path / "outside")
-    (tmp_path / "inside").mkdir()
-    (tmp_path / "inside" / "a.dcm").symlink_to(files[0])
-    (tmp_path / "inside" / "folder").symlink_to(tmp_path / "outside")
+    (tmp_path / "inside" / "slices").mkdir(parents=True)
+    for file in files:
+        (tmp_path / "inside" / "slices" / file.name).symlink_to(file)
     (tmp_path / "inside" / "loop.dcm").symlink_to(tmp_path / "inside" / "loop.dcm")
+    (tmp_path / "inside" / "gone.dcm").symlink_to(tmp_path / "gone.dcm")
     found = find_series(tmp_path / "inside")
-    assert found.volumes == ()
-    assert [line.where for line in found.refused] == ["a.dcm", "loop.dcm"]
-    assert all("leads out" in line.reason for line in found.refused)
+    assert [volume.case_id for volume in found.volumes] == ["slices"]
+    assert [line.where for line in found.refused] == ["gone.dcm", "loop.dcm"]
+    (tmp_path / "inside" / "slices").rename(tmp_path / "slices")
+    (tmp_path / "inside" / "folder").symlink_to(tmp_path / "outside")
+    assert [volume.case_id for volume in find_series(tmp_path / "inside").volumes] == ["folder"]
 
 
 def test_mutated_headers_never_raise(tmp_path: Path, write_series: Any) -> None:

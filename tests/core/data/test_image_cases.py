@@ -9,7 +9,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from voxelbridge.core.data.image_cases import count_channels, find_image_cases
 from voxelbridge.core.data.image_io import write_image
 from voxelbridge.core.data.volume import Grid, Volume
-from voxelbridge.core.errors import DataError
+from voxelbridge.core.errors import ConfigError, DataError
 
 
 def put(path: Path) -> None:
@@ -105,6 +105,12 @@ def test_folder_without_images_says_what_can_be_read(tmp_path: Path) -> None:
         find_image_cases([tmp_path], num_channels=1)
     with pytest.raises(DataError, match="not an image"):
         find_image_cases([tmp_path / "notes.txt"], num_channels=1)
+
+
+def test_an_unknown_allowance_is_told_where_there_is_no_dicom_too(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(b"")
+    with pytest.raises(ConfigError, match="unknown gaps; expected some of gap, "):
+        find_image_cases([tmp_path], num_channels=1, allow=["gaps"])
 
 
 def test_channels_are_counted_from_the_names(tmp_path: Path) -> None:

@@ -133,13 +133,17 @@ def test_a_single_dicom_file_is_searched_too(tmp_path: Path, write_series: Any) 
     assert image.read().array.shape == (1, 1, 10, 12)
 
 
-def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+def test_links_are_followed_and_broken_ones_refused_once(tmp_path: Path) -> None:
     outside = put(tmp_path / "outside" / "scan.mha")
     put(tmp_path / "inside" / "own.mha")
     (tmp_path / "inside" / "link.mha").symlink_to(outside)
+    (tmp_path / "inside" / "folder").symlink_to(tmp_path / "outside")
+    (tmp_path / "inside" / "gone.mha").symlink_to(tmp_path / "gone")
     found = find_images(tmp_path / "inside")
-    assert [image.case_id for image in found.images] == ["own"]
-    assert found.refused == ("link.mha: is a link that leads out of the folder",)
+    assert [image.case_id for image in found.images] == ["folder__scan", "link", "own"]
+    assert [image.read().array.ndim for image in found.images] == [4, 4, 4]
+    (line,) = found.refused
+    assert line.startswith("gone.mha: is a link to a file that is not there; fetch the file")
 
 
 def test_what_is_no_image_says_what_can_be_read(tmp_path: Path) -> None:

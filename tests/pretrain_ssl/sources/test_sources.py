@@ -304,6 +304,22 @@ def test_a_time_series_gives_its_mean_or_its_first_frame(
     np.testing.assert_allclose(stored[0], (expected - expected.mean()) / expected.std(), atol=1e-4)
 
 
+@pytest.mark.parametrize("linked", ["file", "subject"])
+def test_linked_images_of_a_bids_tree_are_read(tmp_path: Path, linked: str) -> None:
+    own, tree = tmp_path / "own" / "sub-01" / "anat", tmp_path / "tree"
+    write(own / "sub-01_T1w.nii.gz", noise())
+    write(tree / ".git" / "annex" / "objects" / "key" / "key.nii.gz", noise(1))
+    if linked == "subject":
+        (tree / "sub-01").symlink_to(own.parent)
+    else:
+        (tree / "sub-01" / "anat").mkdir(parents=True)
+        (tree / "sub-01" / "anat" / "sub-01_T1w.nii.gz").symlink_to(own / "sub-01_T1w.nii.gz")
+    found = find_scans(tree)
+    assert [scan.case_id for scan in found.scans] == ["sub-01__anat__sub-01_T1w"]
+    assert found.notes == ()
+    assert found.scans[0].image.read().array.shape == (1, 6, 7, 8)
+
+
 def test_channels_of_a_raw_data_set_belong_to_the_patient_of_groups_json(tmp_path: Path) -> None:
     root = tmp_path / "Dataset001_X"
     for name in ("p_0000", "p_0001", "q_0000"):

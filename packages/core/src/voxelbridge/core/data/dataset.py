@@ -4,6 +4,7 @@ docs/formats/raw_dataset.md says what is legal. A data set is opened from names 
 a case are read, and checked, when the case is read.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from voxelbridge.core.data.dataset_description import FILE_NAME as DESCRIPTION_FILE
 from voxelbridge.core.data.dataset_description import Description, read_description
 from voxelbridge.core.data.dataset_files import FoundCase, find_cases, named_cases, no_images
 from voxelbridge.core.data.dataset_tables import Fold, read_groups, read_origins, read_splits
@@ -140,7 +142,7 @@ class RawCase:
             raise problem(
                 "no-things",
                 f"{self.label_path.name} has no JSON file beside it and dataset.json has no "
-                "'things': name there the labels that are objects",
+                '\'things\': name there the labels that are objects, such as "things": ["tumour"]',
             )
         label_map = self._read_map(grid)
         return objects_from_semantic(
@@ -253,6 +255,21 @@ class RawDataset:
             origins,
         )
         return dataset, tuple(problems)
+
+    def require_things(self) -> None:
+        """DataError where no training case can have objects, as 'things' is missing.
+
+        It is one line for what would else be told of each case once its image was read.
+        """
+        maps = [case for case in self.cases if case.label_path is not None]
+        if not maps or any(case.things or case.objects_path for case in self.cases):
+            return
+        example = json.dumps(self.class_names[-1] if self.class_names else "tumour")
+        raise DataError(
+            f"{self.folder / DESCRIPTION_FILE}: no 'things', and none of {len(maps)} label maps "
+            f"({few_of([case.case_id for case in maps])}) has a JSON file beside it; name there "
+            f'the labels that are objects, for instance "things": [{example}]'
+        )
 
 
 def _raw_case(found: FoundCase, description: Description) -> RawCase:

@@ -5,7 +5,6 @@ with its reason. Case names come from folder names below the searched folder, ne
 header says about a patient.
 """
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from voxelbridge.core.data.dicom_headers import (
 from voxelbridge.core.data.dicom_pixels import read_stack
 from voxelbridge.core.data.dicom_series import Mark, Part, volumes_of
 from voxelbridge.core.data.dicom_stack import Stack, check_allowances
+from voxelbridge.core.data.file_tree import broken_link, walk_files
 from voxelbridge.core.data.volume import Grid, Volume
 from voxelbridge.core.errors import DataError
 
@@ -90,7 +90,7 @@ def find_series(folder: Path, *, allow: Collection[str] = ()) -> DicomFolder:
     """All volumes of DICOM images below `folder` (or in one file).
 
     Hidden files and folders, files that are not DICOM and DICOM objects that are not images are
-    passed over and counted; links are followed to files inside `folder` only. `allow` downgrades
+    passed over and counted; links are followed (`file_tree`). `allow` downgrades
     refusals: "gap" and "varying_spacing" interpolate linearly between neighbouring slices,
     "duplicate" drops slices of identical content, "mixed_geometry" makes a volume of each
     orientation, size and pixel spacing. Raises DataError for a missing folder, ConfigError for an
@@ -130,31 +130,19 @@ def find_series(folder: Path, *, allow: Collection[str] = ()) -> DicomFolder:
     )
 
 
-def leads_out(path: Path, root: Path) -> bool:
-    """Whether a path is a link that ends outside the (resolved) folder, or in a loop."""
-    try:
-        return path.is_symlink() and not path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):
-        return True
-
-
 def _files(folder: Path, refused: list[Refused]) -> Iterator[tuple[Path, str]]:
-    """Regular files of a tree in sorted order, with their names below it."""
+    """Regular files of a tree, with their names below it."""
     if not folder.is_dir():
         yield folder, folder.name
         return
-    root = folder.resolve()
-    for where, folders, names in os.walk(folder):  # does not enter linked folders
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(where) / name
-            if name.startswith(".") or name.upper() == DIRECTORY_FILE:
-                continue
-            shown = _shown(path.relative_to(folder).as_posix())
-            if leads_out(path, root):
-                refused.append(Refused(shown, "", "is a link that leads out of the folder"))
-            elif path.is_file():
-                yield path, shown
+    for path in map(Path, walk_files(folder)):
+        if path.name.upper() == DIRECTORY_FILE:
+            continue
+        shown = _shown(path.relative_to(folder).as_posix())
+        if reason := broken_link(path):
+            refused.append(Refused(shown, "", reason))
+        elif path.is_file():
+            yield path, shown
 
 
 def _is_candidate(path: Path) -> bool:

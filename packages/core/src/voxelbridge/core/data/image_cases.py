@@ -9,6 +9,7 @@ from pathlib import Path
 from voxelbridge.core.data.dataset_files import IMAGE_NAME
 from voxelbridge.core.data.dicom import DicomVolume, find_series
 from voxelbridge.core.data.dicom_headers import is_dicom
+from voxelbridge.core.data.dicom_stack import check_allowances
 from voxelbridge.core.data.image_io import (
     READ_ENDINGS,
     image_ending,
@@ -73,8 +74,10 @@ def find_image_cases(
 
     For one channel a file without a channel number is a case too. A folder without image files is
     searched for DICOM series with its subfolders; each of their volumes is a case of one channel.
-    Raises DataError where a channel is missing or two files claim one channel.
+    Raises DataError where a channel is missing or two files claim one channel, ConfigError for an
+    unknown allowance.
     """
+    check_allowances(allow)
     files, series = _image_files(images)
     channels: dict[str, dict[int, Path]] = {}
     for path in files:

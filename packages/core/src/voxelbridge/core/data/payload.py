@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from voxelbridge.core.data.file_tree import broken_link
 from voxelbridge.core.errors import DataError
 
 Compression = Literal["none", "gzip", "zlib"]
@@ -173,7 +174,7 @@ def check_regular_file(path: Path) -> int:
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "does not exist" if missing else f"cannot be read ({error})"
-        raise DataError(f"{path}: {reason}") from error
+        raise DataError(f"{path}: {broken_link(path) or reason}") from error
     if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
         raise DataError(f"{path}: is not a file")
     return found.st_size

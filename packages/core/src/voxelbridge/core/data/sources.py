@@ -1,6 +1,5 @@
 """All images of a path, whatever they are: image files, DICOM series, a tree of both."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -8,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voxelbridge.core.data.case_names import safe_case_id, short_hash
-from voxelbridge.core.data.dicom import DicomVolume, find_series, leads_out
+from voxelbridge.core.data.dicom import DicomVolume, find_series
 from voxelbridge.core.data.dicom_headers import is_dicom
 from voxelbridge.core.data.dicom_stack import check_allowances
+from voxelbridge.core.data.file_tree import broken_link, walk_files
 from voxelbridge.core.data.image_io import (
     READ_ENDINGS,
     image_ending,
@@ -72,8 +72,9 @@ def find_images(source: Path, *, allow: Collection[str] = ()) -> ImageSources:
 
     Names are the path below `source` without the ending, its parts joined by "__"; series are
     named by their folder (see `find_series`, also for `allow`). Where two would be called the
-    same, both get something added that tells them apart. Hidden files are passed over. Raises
-    DataError for a path that does not exist or holds nothing to read.
+    same, both get something added that tells them apart. Hidden files are passed over, links are
+    followed (`file_tree`). Raises DataError for a path that does not exist or holds nothing to
+    read.
     """
     check_allowances(allow)
     if not source.exists():
@@ -103,10 +104,11 @@ def find_images(source: Path, *, allow: Collection[str] = ()) -> ImageSources:
 def _image_files(folder: Path) -> tuple[list[tuple[str, str, Path | DicomVolume]], list[str]]:
     found: list[tuple[str, str, Path | DicomVolume]] = []
     refused: list[str] = []
-    root = folder.resolve()
-    for path in _walk(folder):
+    for path in map(Path, walk_files(folder)):
+        if not image_ending(path.name):
+            continue
         below = path.relative_to(folder)
-        if leads_out(path, root):
+        if broken_link(path):
             continue  # refused among the DICOM files, which are searched everywhere
         if path.is_file():
             parts = (*below.parts[:-1], image_stem(path.name))
@@ -114,14 +116,6 @@ def _image_files(folder: Path) -> tuple[list[tuple[str, str, Path | DicomVolume]
         else:
             refused.append(f"{below.as_posix()}: is not a file")
     return found, refused
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if image_ending(name) and not name.startswith("."):
-                yield Path(where) / name
 
 
 def _unique(found: list[tuple[str, str, Path | DicomVolume]]) -> Iterator[ImageSource]:

@@ -1,10 +1,10 @@
 """What kind of source a path is, and all images in it."""
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from voxelbridge.core.data.case_names import safe_case_id
+from voxelbridge.core.data.file_tree import walk_files
 from voxelbridge.core.data.image_io import image_ending, image_stem
 from voxelbridge.core.data.sources import find_images
 from voxelbridge.core.errors import ConfigError, DataError
@@ -103,9 +103,8 @@ def _raw_data_set(folder: Path) -> Source:
 def _image_files(folder: Path) -> list[Path]:
     """Image files below a folder in the order of their paths; from names alone, none is opened."""
     found = [
-        f"{where}/{name}"  # 100 000 path objects would cost seconds to compare
-        for where, _, names in os.walk(folder)
-        for name in names
-        if image_ending(name) is not None and not name.startswith(".")
+        name  # 100 000 path objects would cost seconds to compare
+        for name in walk_files(folder)
+        if image_ending(name) is not None
     ]
     return [Path(name) for name in sorted(found)]
