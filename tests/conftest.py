@@ -1,6 +1,9 @@
 """What all tests share: reference folder, tiny raw data set, one torch thread, GPU skips."""
 
 import json
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def wait_for_records() -> Callable[[Path, int, subprocess.Popen[str]], None]:
+    """Waits until a training in another process has written so many records, or has ended well."""
+
+    def wait(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+        path = run / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if path.exists() and path.read_bytes().count(b"\n") >= count:
+                return
+            time.sleep(0.002)
+        assert process.poll() == 0, f"no {count} records (status {process.poll()})"
+
+    return wait
 
 
 @pytest.fixture

@@ -13,7 +13,12 @@ from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
 from voxelbridge.core.data.provenance import Provenance
 from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import ConfigError, DataError
-from voxelbridge.pretrain_ssl.batches import PatchSampler, on_device
+from voxelbridge.pretrain_ssl.batches import (
+    NothingReadableError,
+    PatchSampler,
+    empty_share,
+    on_device,
+)
 from voxelbridge.pretrain_ssl.cases import Sampling, case_order
 from voxelbridge.pretrain_ssl.failures import FAILED
 from voxelbridge.pretrain_ssl.methods.mae import MAE
@@ -44,6 +49,7 @@ def sampler(
         seed=seed,
         augmentation=augmentation or SpatialAugmentation.mirroring(),
         centre_mask=sampling.centre_mask,
+        max_empty=sampling.max_empty,
         rank=rank,
         ranks=ranks,
     )
@@ -147,8 +153,25 @@ def test_unreadable_case_is_replaced_and_named(tiny_store: Path, tmp_path: Path)
     same = (broken["image"] == whole["image"]).flatten(1).all(dim=1)
     assert same.sum() == 11  # the other samples are what they were
     file.unlink()
+    alone = sampler(store, ids=["case05"], patches=1)
     with pytest.raises(DataError, match="20 cases in a row could not be read"):
-        sampler(store, ids=["case05"], patches=1)(0)
+        alone(0)
+    with pytest.raises(NothingReadableError) as caught:
+        alone.for_validation(alone.order).validation_batch(0)
+    assert {case_id for case_id, _ in caught.value.failures} == {"case05"}
+    with pytest.raises(NothingReadableError, match="batch of step 0: 20 cases in a row"):
+        next(step_batches(alone, seed=5, first_step=0, steps=1, workers=0))
+
+
+def test_a_stratum_without_a_readable_case_does_not_end_the_run(tmp_path: Path) -> None:
+    writer = CaseStoreWriter(tmp_path)
+    for name, dataset in (("a1", "A"), ("a2", "A"), ("a3", "A"), ("b1", "B")):
+        writer.write_case(name, **one_channel((16, 16, 16)), provenance=Provenance(dataset=dataset))
+    writer.finish()
+    (tmp_path / "cases" / "b1.b2nd").unlink()
+    batch = sampler(tmp_path, patches=8, sampling=Sampling(exponent=0.0))(0)
+    assert {case_id for case_id, _ in batch[FAILED]} == {"b1"}
+    assert batch["image"].shape == (8, 1, 16, 16, 16)
 
 
 def test_masks_reach_the_method_and_centre_the_patches(tmp_path: Path) -> None:
@@ -175,6 +198,38 @@ def test_masks_reach_the_method_and_centre_the_patches(tmp_path: Path) -> None:
     assert not excluded.any()
     anywhere = sampler(tmp_path, patches=8, method=method)(0)["excluded"]
     assert 0 < anywhere.float().mean() < 1
+
+
+def test_empty_patches_are_drawn_anew_where_that_is_asked_for(tmp_path: Path) -> None:
+    writer = CaseStoreWriter(tmp_path)
+    rng = np.random.default_rng(0)
+    head = np.full((1, 64, 64, 64), -0.7, np.float32)
+    head[:, 16:48, 16:48, 16:48] = rng.standard_normal((32, 32, 32))
+    with_head = one_channel((64, 64, 64))
+    with_head["image"] = head
+    writer.write_case("a", **with_head)
+    writer.write_case("b", **one_channel((64, 64, 64)))  # nowhere anything
+    writer.finish()
+    filled = {}
+    for limit in (1.0, 0.9):
+        make = sampler(tmp_path, ids=["a"], patches=40, sampling=Sampling(max_empty=limit))
+        filled[limit] = (make(0)["image"] != -0.7).float().mean(dim=(1, 2, 3, 4))
+        assert torch.equal(make(0)["image"], make(0)["image"])
+    assert float((filled[1.0] < 0.1).float().mean()) > 0.2
+    # More than half of all places have a tenth in the head: ten tries find one.
+    assert float(filled[0.9].min()) > 0.08
+    only_empty = sampler(tmp_path, ids=["b"], sampling=Sampling(max_empty=0.9))
+    assert only_empty(0)["image"].shape == (3, 1, 16, 16, 16)
+
+
+def test_empty_share_is_that_of_the_commonest_value_in_the_fullest_channel() -> None:
+    rng = np.random.default_rng(0)
+    voxels = np.zeros((2, 32, 16, 20), np.float32)
+    assert empty_share(voxels) == 1.0
+    voxels[0, 8:] = rng.standard_normal((24, 16, 20))
+    voxels[1] = 3
+    assert empty_share(voxels) == pytest.approx(0.25)
+    assert empty_share(rng.standard_normal((1, 5, 7, 3))) == pytest.approx(1 / 105)
 
 
 def test_a_mask_of_few_voxels_is_found(tmp_path: Path) -> None:

@@ -344,12 +344,12 @@ def test_a_few_steps_lower_the_loss_of_a_batch() -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
-def test_pictures_show_input_corruption_and_reconstruction() -> None:
+def test_pictures_show_image_corruption_and_reconstruction() -> None:
     method = ModelsGenesis(paint_probability=1, shuffle_windows=20)
     batch = batch_of(method)
     picture = small_objective(method).pictures(batch)
     assert picture.kind == "slices"
-    assert [panel.name for panel in picture.panels] == ["input", "corrupted", "reconstruction"]
+    assert [panel.name for panel in picture.panels] == ["image", "corrupted", "reconstruction"]
     assert all(panel.values.shape == SHAPE[1:] for panel in picture.panels)
     spoiled = spoil(batch, parity="paper")
     np.testing.assert_array_equal(picture.panels[0].values, batch["image"][0, 0, SHAPE[0] // 2])

@@ -98,6 +98,7 @@ def test_other_sources_are_refused_with_what_is_accepted(tmp_path: Path, name: s
 def test_bad_cases_are_named_once_and_the_good_ones_are_stored(tmp_path: Path) -> None:
     write(tmp_path / "src" / "good.nii.gz", image((4, 5, 6)))
     write(tmp_path / "src" / "zero.nii.gz", np.zeros((1, 4, 4, 4), np.float32))
+    write(tmp_path / "src" / "flat.nii.gz", np.full((1, 4, 4, 4), 7, np.float32))
     holes = image((4, 4, 4))
     holes[0, 1, 1, 1] = np.nan
     write(tmp_path / "src" / "holes.nrrd", holes)
@@ -105,8 +106,9 @@ def test_bad_cases_are_named_once_and_the_good_ones_are_stored(tmp_path: Path) -
     report = prepare(tmp_path / "src", tmp_path / "store", plan="fixed", workers=1)
     assert report.num_cases == 1
     assert [record.case_id for record in CaseStore.open(tmp_path / "store").cases] == ["good"]
-    assert len(report.failures) == 3
-    for name, reason in (("holes", "1 voxels are NaN"), ("zero", "all voxels are 0"), ("junk", "")):
+    assert len(report.failures) == 4
+    reasons = {"holes": "1 voxels are NaN", "zero": "all voxels are 0", "flat": "are 7", "junk": ""}
+    for name, reason in reasons.items():
         lines = [line for line in report.failures if name in line]
         assert len(lines) == 1
         assert reason in lines[0]
@@ -142,3 +144,15 @@ def test_source_without_a_usable_image_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "src" / "junk.nii.gz").write_bytes(b"junk")
     with pytest.raises(DataError, match="none of 1 images could be stored"):
         prepare(tmp_path / "src", tmp_path / "store", plan="fixed", workers=0)
+
+
+def test_images_of_the_same_voxels_are_said_in_one_note(tmp_path: Path) -> None:
+    for number in range(5):
+        write(tmp_path / "src" / f"{number}.nii.gz", image((4, 5, 6)))
+    write(tmp_path / "src" / "other.nii.gz", image((4, 5, 6), seed=1))
+    report = prepare(tmp_path / "src", tmp_path / "store", plan="none", workers=0)
+    assert report.num_cases == 6
+    (note,) = report.notes
+    assert note.startswith(
+        "4 of 6 cases repeat the voxels of another one (1 = 0, 2 = 0, 3 = 0 and 1 more); "
+    )

@@ -1,6 +1,7 @@
 """Several ranks are one job: disjoint samples, the joined batch's gradients, exact resume."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,29 @@ def test_two_ranks_train_as_one_process_and_resume_exactly(
     assert start(command(tiny_store, broken, 2)).wait() == 0
     assert read_metrics(metrics) == read_metrics(two / "metrics.jsonl")
     assert torch.equal(weights(broken), weights(two))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "status"), [("0.2", 0), ("0.1", 1)])
+def test_two_ranks_count_failures_together_and_say_each_once(
+    tiny_store: Path, tmp_path: Path, share: str, status: int
+) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    shutil.copytree(tiny_store, store)
+    broken = ("case03", "case08")
+    for case in broken:
+        (store / "cases" / f"{case}.b2nd").unlink()
+    words = [*command(store, run, 2), "--set", f"max_failed_share={share}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode == 0) == (status == 0)
+    for case in broken:
+        assert done.stderr.count(f"skipped: {store / 'cases' / case}.b2nd") <= 1
+    if status == 0:
+        assert done.stderr.count("skipped: ") == 2
+        assert read_metrics(run / "metrics.jsonl")[-1]["failed_cases"] == 2
+    else:
+        assert "2 of 12 cases could not be read, more than max_failed_share 0.1" in done.stderr
 
 
 def children(pid: int) -> list[int]:

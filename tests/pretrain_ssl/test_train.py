@@ -5,21 +5,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from voxelbridge.core.checkpoint import read_checkpoint
 from voxelbridge.core.config import load_config, preset_path
-from voxelbridge.core.data.case_store import CaseStore
+from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
+from voxelbridge.core.data.patient_split import patients_of, split_cases
+from voxelbridge.core.data.provenance import Provenance
+from voxelbridge.core.data.volume import Grid
 from voxelbridge.core.errors import ConfigError, DataError
 from voxelbridge.core.train.metrics import read_metrics
 from voxelbridge.core.transfer import load_encoder
 from voxelbridge.pretrain_ssl.config import PretrainConfig
 from voxelbridge.pretrain_ssl.export import export
 from voxelbridge.pretrain_ssl.train import train
+
+WaitForRecords = Callable[[Path, int, subprocess.Popen[str]], None]
 
 STEPS = 30
 METHODS = ("mae", "s3d", "models_genesis", "voco")
@@ -48,16 +54,6 @@ def command(store: Path, run: Path, overrides: Sequence[str] = (), *more: str) -
         "from voxelbridge.pretrain_ssl.cli import main; main()"
     )
     return [sys.executable, "-c", code, *words]
-
-
-def wait_for_records(run: Path, count: int, process: subprocess.Popen[str]) -> None:
-    path = run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.002)
-    assert process.poll() == 0, f"no {count} records (status {process.poll()})"
 
 
 def test_short_run_writes_everything(tiny_store: Path, tmp_path: Path) -> None:
@@ -150,7 +146,9 @@ def test_export_gives_the_finished_checkpoint_again(tiny_store: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_run_is_bit_identical(tiny_store: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_run_is_bit_identical(
+    tiny_store: Path, tmp_path: Path, wait_for_records: WaitForRecords
+) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     subprocess.run(command(tiny_store, straight), check=True, stdout=subprocess.DEVNULL)
     kills = 0
@@ -187,7 +185,11 @@ def test_killed_and_resumed_run_is_bit_identical(tiny_store: Path, tmp_path: Pat
     ],
 )
 def test_signal_saves_within_a_step_and_the_same_command_goes_on(
-    tiny_store: Path, tmp_path: Path, number: signal.Signals, status: int
+    tiny_store: Path,
+    tmp_path: Path,
+    wait_for_records: WaitForRecords,
+    number: signal.Signals,
+    status: int,
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     changed = ("checkpoint_every_steps=1000", "log_every_steps=1", "validate_every_steps=1000")
@@ -227,15 +229,19 @@ def test_pictures_reach_tensorboard(tiny_store: Path, tmp_path: Path) -> None:
     assert (picture.step, picture.height > 0) == (5, True)
 
 
+def flip_a_bit(path: Path) -> Path:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
 def test_unreadable_case_is_skipped_counted_and_may_end_the_run(
     tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(tiny_store, store)
-    broken = store / "cases" / "case05.b2nd"
-    content = bytearray(broken.read_bytes())
-    content[len(content) // 2] ^= 1
-    broken.write_bytes(content)
+    broken = flip_a_bit(store / "cases" / "case05.b2nd")
     settings = ("schedule.steps=12", "validation_patches=0")
     train(small(*settings), store=store, run=tmp_path / "run", device="cpu")
     errors = capsys.readouterr().err
@@ -245,3 +251,64 @@ def test_unreadable_case_is_skipped_counted_and_may_end_the_run(
     config = small(*settings, "max_failed_share=0.05")
     with pytest.raises(DataError, match=r"1 of 12 cases could not be read, more than max_failed"):
         train(config, store=store, run=tmp_path / "stopped", device="cpu")
+
+
+def test_unreadable_held_out_case_is_said_once_and_training_goes_on(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    shutil.copytree(tiny_store, store)
+    config = small("schedule.steps=4", "validate_every_steps=2")
+    (case,) = split_cases(patients_of(CaseStore.open(store)), seed=config.seed)[1]
+    broken = flip_a_bit(store / "cases" / f"{case}.b2nd")
+    assert train(config, store=store, run=run, device="cpu") is not None
+    errors = capsys.readouterr().err
+    assert errors.count("skipped: ") == errors.count(str(broken)) == 1
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert last["failed_cases"] == 1
+    assert "val_loss" not in last
+
+
+def test_first_case_without_its_json_is_skipped_and_counted(
+    tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    shutil.copytree(tiny_store, store)
+    (store / "cases" / "case00.json").unlink()
+    config = small("schedule.steps=1", "validation_patches=0")
+    path = train(config, store=store, run=run, device="cpu")
+    assert path is not None
+    assert read_checkpoint(path).metadata.normalization == (
+        {"name": "zscore", "nonzero_only": False},
+    )
+    errors = capsys.readouterr().err
+    assert (
+        errors.count("skipped: ") == errors.count("case00.json: case case00: cannot be read") == 1
+    )
+    assert read_metrics(run / "metrics.jsonl")[-1]["failed_cases"] == 1
+    for file in (store / "cases").glob("*.json"):
+        file.unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"2 of 12 cases could not be read, more than max_failed"):
+        train(config, store=store, run=tmp_path / "none", device="cpu")
+
+
+def test_data_set_of_one_broken_volume_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    writer = CaseStoreWriter(store, patch_size=(16, 16, 16))
+    rng = np.random.default_rng(0)
+    for name, dataset in [("alone", "B"), *((f"a{number}", "A") for number in range(4))]:
+        writer.write_case(
+            name, rng.standard_normal((1, 16, 16, 16)).astype(np.float32),
+            grid=Grid.from_parts((16, 16, 16), (1.0, 1.0, 1.0)),
+            provenance=Provenance(dataset=dataset),
+            boxes=np.zeros((0, 6), np.float32), labels=np.zeros(0, np.int64),
+        )  # fmt: skip
+    writer.finish()
+    flip_a_bit(store / "cases" / "alone.b2nd")
+    config = small(
+        "schedule.steps=6", "validation_patches=0", "sampling.exponent=0", "max_failed_share=0.2"
+    )
+    assert train(config, store=store, run=tmp_path / "run", device="cpu") is not None
+    assert capsys.readouterr().err.count("skipped: ") == 1

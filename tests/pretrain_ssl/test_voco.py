@@ -522,12 +522,12 @@ def test_ranks_do_not_exchange_the_teacher() -> None:
     assert ignored == {name for name, _ in objective.named_buffers()}
 
 
-def test_pictures_show_predicted_beside_true_overlap() -> None:
+def test_pictures_show_true_beside_predicted_overlap() -> None:
     batch, objective = batch_of(SMALL), objective_of(SMALL)
     objective(batch)
     picture = objective.pictures(batch)
     assert picture.kind == "overlap"
-    predicted, true = (panel.values for panel in picture.panels)
+    true, predicted = (panel.values for panel in picture.panels)
     np.testing.assert_array_equal(true, batch["overlap"][0])
     assert predicted.shape == (2, 2)
     assert (predicted >= 0).all()

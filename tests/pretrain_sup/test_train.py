@@ -28,6 +28,7 @@ from voxelbridge.pretrain_sup.train import train
 from voxelbridge.pretrain_sup.weights import read_network, saved_weights
 
 WriteStore = Callable[..., Path]
+WaitForRecords = Callable[[Path, int, subprocess.Popen[str]], None]
 
 LAYOUTS = ("per_dataset", "joint")
 STEPS = 24
@@ -63,16 +64,6 @@ def command(store: Path, run: Path, overrides: Sequence[str] = (), *more: str) -
         "from voxelbridge.pretrain_sup.cli import main; main()"
     )
     return [sys.executable, "-c", code, *words]
-
-
-def wait_for_records(run: Path, count: int, process: subprocess.Popen[str]) -> None:
-    path = run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.002)
-    assert process.poll() == 0, f"no {count} records (status {process.poll()})"
 
 
 def test_short_run_writes_everything(organs_store: Path, tmp_path: Path) -> None:
@@ -212,7 +203,9 @@ def test_the_finished_checkpoint_gives_the_encoder_of_every_stem(
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_killed_and_resumed_run_is_bit_identical(organs_store: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_run_is_bit_identical(
+    organs_store: Path, tmp_path: Path, wait_for_records: WaitForRecords
+) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train(small(), store=organs_store, run=straight, device="cpu")
     kills = 0

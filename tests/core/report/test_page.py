@@ -1,16 +1,19 @@
 """The frame of a page: complete, escaped, loads nothing."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 
 from voxelbridge.core.report.page import (
+    PNG_SIGNATURE,
     Section,
     facts_list,
     figure_cell,
     figures_table,
     html_page,
     notes_list,
+    png_figure,
 )
 
 HOSTILE = "</style><script>alert(1)</script>&\"'"
@@ -72,3 +75,11 @@ def test_cell_keeps_the_exact_value() -> None:
 def test_nothing_to_list_is_nothing() -> None:
     assert facts_list({}) == ""
     assert notes_list([]) == ""
+
+
+def test_pictures_are_never_wider_than_the_page(tmp_path: Path) -> None:
+    picture = tmp_path / "wide.png"
+    picture.write_bytes(PNG_SIGNATURE)
+    section = Section("a", "A", png_figure(picture, "caption", alt="wide"))
+    page = html_page("t", [section], lede="", facts={}, distribution="voxelbridge-core")
+    assert "figure img { display: block; max-width: 100%; height: auto; }" in page

@@ -19,10 +19,24 @@ from voxelbridge.pretrain_ssl.failures import FAILED
 from voxelbridge.pretrain_ssl.method import Method
 
 MAX_REPLACEMENTS = 20  # cases tried in the place of one that cannot be read
+OWN_REPLACEMENTS = 10  # of these from the same stratum: one small data set must not end a run
+MAX_PLACES = 10  # looked at for a patch that is not empty; then the least empty one is taken
 MASK_TRIES = 200  # random voxels looked up before a mask is read whole
+_LOOKUPS = 16  # voxels per axis from which `empty_share` is told
 _SAMPLE_STREAM, _VALIDATION_STREAM = 4, 3  # random streams of a seed
 
 Batch = dict[str, Any]  # tensors (B, ...) by name; FAILED: pairs of case and message
+
+
+class NothingReadableError(DataError):
+    """None of the cases tried for a sample could be read.
+
+    `failures` as in a batch; a loader process hands on the message alone.
+    """
+
+    def __init__(self, message: str, failures: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +45,8 @@ class PatchSampler:
 
     Sample number (pass_number * ranks + rank) * num_patches + i of the whole job has a case from
     `order` and a random stream of its own, so that several ranks draw together exactly the batch
-    that one process would. A case that cannot be read is replaced by another one of its stratum
-    and named in the batch.
+    that one process would. A case that cannot be read is replaced by another one of its stratum,
+    or of any where that has none to offer, and named in the batch.
     """
 
     store: CaseStore
@@ -43,6 +57,7 @@ class PatchSampler:
     seed: int
     augmentation: SpatialAugmentation
     centre_mask: str | None = None
+    max_empty: float = 1.0  # share of a patch's voxels that may have one and the same value
     rank: int = 0
     ranks: int = 1
     defer: bool = False  # leave turning and scaling to `on_device`, where the method allows it
@@ -85,14 +100,12 @@ class PatchSampler:
         self, sample: int, rng: np.random.Generator, failures: list[tuple[str, str]]
     ) -> tuple[Mapping[str, NDArray[Any]], "_Cut"]:
         case_id = self.order.case(sample)
-        for _ in range(MAX_REPLACEMENTS):
+        for tried in range(MAX_REPLACEMENTS):
             try:
                 cut = self._cut(case_id, rng)
             except DataError as error:
                 failures.append((case_id, str(error)))
-                groups = self.order.strata[self.order.draw(sample)[0]].groups
-                group = groups[int(rng.integers(len(groups)))]
-                case_id = group[int(rng.integers(len(group)))]
+                case_id = self._replacement(sample, rng, anywhere=tried >= OWN_REPLACEMENTS)
                 continue
             channels = self.store.record(case_id).shape[0]
             patch = (  # deferred: the views need its shape alone
@@ -101,14 +114,24 @@ class PatchSampler:
                 else np.ascontiguousarray(cut.params.apply_image(cut.source))
             )
             return self.method.views(patch, rng, masks=cut.masks), cut
-        raise DataError(
-            f"{len(failures)} cases in a row could not be read; the last one: {failures[-1][1]}"
+        raise NothingReadableError(
+            f"{len(failures)} cases in a row could not be read; the last one: {failures[-1][1]}",
+            failures,
         )
+
+    def _replacement(self, sample: int, rng: np.random.Generator, *, anywhere: bool) -> str:
+        """A random case of the sample's stratum, or of any stratum by their shares."""
+        strata = self.order.strata
+        stratum = self.order.draw(sample)[0]
+        if anywhere:
+            stratum = int(rng.choice(len(strata), p=self.order.shares))
+        groups = strata[stratum].groups
+        group = groups[int(rng.integers(len(groups)))]
+        return group[int(rng.integers(len(group)))]
 
     def _cut(self, case_id: str, rng: np.random.Generator) -> "_Cut":
         params = self.augmentation.sample(rng, self.patch_size)
-        start, size = params.source_box(self._start(case_id, rng))
-        source = self.store.read_patch(case_id, start, size, pad_value=0.0)
+        start, size, source = self._place(case_id, params, rng)
         masks = {
             name: np.ascontiguousarray(
                 params.apply_labels(self.store.read_mask_patch(case_id, name, start, size))
@@ -118,6 +141,24 @@ class PatchSampler:
             for name in self.method.used_masks
         }
         return _Cut(source, params, masks)
+
+    def _place(
+        self, case_id: str, params: SpatialParams, rng: np.random.Generator
+    ) -> tuple[Start, Start, NDArray[np.float32]]:
+        """Where the patch lies: first voxel and size of what it needs, and those voxels."""
+        best = None
+        least = np.inf
+        for _ in range(MAX_PLACES):
+            start, size = params.source_box(self._start(case_id, rng))
+            source = self.store.read_patch(case_id, start, size, pad_value=0.0)
+            if self.max_empty >= 1:
+                return start, size, source
+            if (share := empty_share(source)) < least:
+                best, least = (start, size, source), share
+            if least <= self.max_empty:
+                break
+        assert best is not None
+        return best
 
     def _start(self, case_id: str, rng: np.random.Generator) -> Start:
         record = self.store.record(case_id)
@@ -151,6 +192,19 @@ class _Cut:
     source: NDArray[np.float32]
     params: SpatialParams
     masks: Mapping[str, NDArray[np.uint8]]
+
+
+def empty_share(voxels: NDArray[np.floating]) -> float:
+    """Share of (C, D, H, W) that has the commonest value, in the channel where that is least.
+
+    Looked up on at most 16 x 16 x 16 voxels, evenly spread.
+    """
+    steps = tuple(slice(None, None, -(-edge // _LOOKUPS)) for edge in voxels.shape[1:])
+    shares = []
+    for channel in voxels:
+        few = channel[steps]
+        shares.append(int(np.unique(few, return_counts=True)[1].max()) / few.size)
+    return min(shares)
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

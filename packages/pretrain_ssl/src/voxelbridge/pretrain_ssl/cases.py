@@ -12,7 +12,7 @@ from voxelbridge.core.data.case_store import CaseStore
 from voxelbridge.core.errors import ConfigError, DataError
 
 UNKNOWN = "unknown"  # stratum of the cases whose source did not name one
-_Factor = Annotated[float, Field(ge=0)]
+_Factor = Annotated[float, Field(ge=0, le=1e6)]  # larger ones leave nothing to the others
 
 
 class Sampling(Config):
@@ -27,6 +27,9 @@ class Sampling(Config):
     exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
     weights: dict[str, _Factor] = Field(default_factory=dict)
     centre_mask: str | None = None  # patches are centred in this stored mask where a case has it
+    # A patch with a larger share of voxels of one single value (air that was cut out, padding) is
+    # drawn at another place of the volume; 1 takes every patch, as nnssl.
+    max_empty: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 def case_order(

@@ -1,24 +1,29 @@
 """vb-ssl: self-supervised pre-training from a folder of images to a checkpoint."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from voxelbridge.core.command_line import make_app, run_app
+from voxelbridge.core.command_line import (
+    Device,
+    DryPrepare,
+    Json,
+    License,
+    Overrides,
+    make_app,
+    run_app,
+)
 
 PACKAGE = "voxelbridge.pretrain_ssl"
 
-app = make_app("Self-supervised pre-training of 3D encoders.")
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+app = make_app(
+    "Self-supervised pre-training of 3D encoders.",
+    command="vb-ssl",
+    package="voxelbridge-pretrain-ssl",
+)
 
 
 class Plan(StrEnum):
@@ -36,10 +41,6 @@ class Frames(StrEnum):
     first = "first"
 
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable."),
-]
 Preset = Annotated[
     str,
     typer.Argument(
@@ -77,9 +78,7 @@ def prepare(
         Frames, typer.Option(help="The volume that a time series of a BIDS tree gives.")
     ] = Frames.mean,
     executor: Annotated[str, typer.Option(help="local, or dask:ADDRESS of a scheduler.")] = "local",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
-    ] = False,
+    dry_run: DryPrepare = False,
 ) -> None:
     """Bring images into a case store; what is done is skipped."""
     from voxelbridge.core.data.cluster import open_executor
@@ -118,7 +117,7 @@ def train(
     store: Annotated[Path, typer.Option(help="Case store; read only.")],
     run: Annotated[Path, typer.Option(help="Run directory; an existing one is continued.")],
     overrides: Overrides = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    device: Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that load; 0: this one.")] = 2,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard files.")] = False,
     dry_run: Annotated[bool, typer.Option(help="One step, nothing written.")] = False,
@@ -133,7 +132,7 @@ def train(
         resolved.config,
         store=store,
         run=run,
-        device=device.value,
+        device=device,
         workers=workers,
         tensorboard=tensorboard,
         dry_run=dry_run,
@@ -144,10 +143,7 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors to write.")],
-    license_name: Annotated[
-        str | None,
-        typer.Option("--license", help="Licence of the weights, for instance CC-BY-4.0."),
-    ] = None,
+    license_name: License = None,
 ) -> None:
     """Write the run's encoder (and decoder where it has one) as a checkpoint."""
     from voxelbridge.pretrain_ssl.export import export as export_run
@@ -169,14 +165,13 @@ def report(
 
 
 @app.command()
-def show(preset: Preset, overrides: Overrides = None) -> None:
+def show(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print the resolved settings, each with its origin."""
     from voxelbridge.core.config import load_config, preset_path
     from voxelbridge.pretrain_ssl.config import PretrainConfig
 
-    typer.echo(
-        load_config(PretrainConfig, preset_path(PACKAGE, preset), overrides or ()).describe()
-    )
+    settings = load_config(PretrainConfig, preset_path(PACKAGE, preset), overrides or ())
+    typer.echo(json.dumps(settings.as_json(), indent=2) if as_json else settings.describe())
 
 
 def _roots(given: list[str]) -> dict[str, Path]:

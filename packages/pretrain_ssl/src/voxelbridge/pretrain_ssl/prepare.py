@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxelbridge.core.config import Config, differing_keys, validate
-from voxelbridge.core.data.case_store import CaseStoreWriter
+from voxelbridge.core.data.case_index import CaseRecord
+from voxelbridge.core.data.case_store import CaseStore, CaseStoreWriter
 from voxelbridge.core.data.executor import Failed, map_cases
 from voxelbridge.core.data.image_io import describe_grid, read_image
 from voxelbridge.core.data.mapping import StoredToOriginal
@@ -41,6 +42,7 @@ from voxelbridge.pretrain_ssl.sources.scan import Scan, Source
 
 FIXED_SPACING_MM = (1.0, 1.0, 1.0)
 PREPARE_FILE = "prepare.json"
+MAX_PAIRS = 3  # duplicates named in a note
 
 PlanName = Literal["fixed", "median", "none"]
 Spacing = tuple[float, float, float]  # mm, z y x
@@ -107,8 +109,9 @@ def prepare(
             f"{failures[0]}"
         )
     writer.finish()
+    notes = (*found.notes, *_duplicates(CaseStore.open(store).cases))
     return PrepareReport(
-        len(stored), len(scans) - len(pending), tuple(dict.fromkeys(failures)), found.notes
+        len(stored), len(scans) - len(pending), tuple(dict.fromkeys(failures)), notes
     )
 
 
@@ -160,8 +163,10 @@ def prepare_case(scan: Scan, *, writer: CaseStoreWriter, settings: PrepareSettin
     if not np.isfinite(volume.array).all():
         count = int(np.count_nonzero(~np.isfinite(volume.array)))
         raise DataError(f"{count} voxels are NaN or infinite; correct the image")
-    if not volume.array.any():
-        raise DataError("all voxels are 0; there is nothing to learn from, remove the image")
+    if (volume.array == (value := volume.array.flat[0])).all():
+        raise DataError(
+            f"all voxels are {value:g}; there is nothing to learn from, remove the image"
+        )
     provenance = Provenance(
         patient=scan.patient,
         origin_ids=scan.origin_ids,
@@ -275,6 +280,24 @@ def _keep_settings(store: Path, settings: PrepareSettings) -> None:
     elif before != settings:
         keys = "; ".join(differing_keys(before, settings))
         raise ConfigError(f"{store}: was prepared otherwise ({keys}); take a new folder")
+
+
+def _duplicates(cases: Sequence[CaseRecord]) -> list[str]:
+    """A line about images that the store has more than once, whatever they are called."""
+    first: dict[tuple[str, ...], str] = {}
+    pairs = []
+    for record in cases:
+        hashes = record.provenance.content_sha256
+        if hashes and (other := first.setdefault(hashes, record.case_id)) != record.case_id:
+            pairs.append(f"{record.case_id} = {other}")
+    if not pairs:
+        return []
+    more = f" and {len(pairs) - MAX_PAIRS} more" if len(pairs) > MAX_PAIRS else ""
+    return [
+        f"{len(pairs)} of {len(cases)} cases repeat the voxels of another one "
+        f"({', '.join(pairs[:MAX_PAIRS])}{more}); they are drawn more often than "
+        "others: remove their images if that is not meant"
+    ]
 
 
 def _one_line(scan: Scan, error: VoxelbridgeError) -> str:

@@ -1,6 +1,6 @@
 """One self-contained HTML page about a pre-training run: curves, pictures, what was run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -10,8 +10,7 @@ import torch
 
 from voxelbridge.core.arch.encoder import build_encoder
 from voxelbridge.core.arch.presets import ENCODER_PRESETS
-from voxelbridge.core.config import flatten
-from voxelbridge.core.files import atomic_write, read_json
+from voxelbridge.core.files import atomic_write
 from voxelbridge.core.report.losses import TOTAL, TRIVIAL, Record, training_charts
 from voxelbridge.core.report.page import (
     Section,
@@ -21,18 +20,31 @@ from voxelbridge.core.report.page import (
     notes_list,
     png_figure,
 )
+from voxelbridge.core.report.run_facts import (
+    MAX_PICTURE_BYTES,
+    NOTHING_RECORDED,
+    TIMES,
+    Facts,
+    last_value,
+    progress,
+    read_if_there,
+    run_notes,
+    settings_table,
+    start_facts,
+)
 from voxelbridge.core.run import ENVIRONMENT_FILE, read_run_config
 from voxelbridge.core.train.metrics import read_metrics
 from voxelbridge.pretrain_ssl.config import KIND, PretrainConfig
 from voxelbridge.pretrain_ssl.export import FINAL_CHECKPOINT
 from voxelbridge.pretrain_ssl.pictures import PICTURE_FOLDER, StoredPicture, find_pictures
 
-MAX_PICTURE_BYTES = 12_000_000  # of all pictures in one page; base64 makes a third more of it
 MAX_NAMES = 8  # of data sets
 VALIDATION = "val_loss"
-TIMES = " \N{MULTIPLICATION SIGN} "
-
-Facts = Mapping[str, Any]  # Any: JSON values of data.json and environment.json
+SLICES = (
+    "Slices: the middle along z, first channel, grey from the first panel's 1st to its 99th "
+    "percentile; blue is hidden from the network."
+)
+OVERLAPS = "Overlaps: the share of each target crop (rows) that lies in each base crop (columns)."
 
 
 def write_pretraining_report(run: Path, output: Path) -> None:
@@ -42,8 +54,8 @@ def write_pretraining_report(run: Path, output: Path) -> None:
     says so.
     """
     config = read_run_config(run, PretrainConfig, kind=KIND)
-    data = _json_if_there(run / "data.json")
-    starts = _json_if_there(run / ENVIRONMENT_FILE).get("starts", [])
+    data = read_if_there(run / "data.json")
+    starts = read_if_there(run / ENVIRONMENT_FILE).get("starts", [])
     metrics = run / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.is_file() else []
     pictures = find_pictures(run)
@@ -52,8 +64,8 @@ def write_pretraining_report(run: Path, output: Path) -> None:
         [
             Section("result", "Result", _result(records) + notes_list(_notes(run, config, data))),
             Section("curves", "Curves", training_charts(records)),
-            Section("pictures", "Pictures", _pictures(pictures)),
-            Section("settings", "Settings", _settings(config)),
+            Section("pictures", "Pictures", _pictures(pictures, config)),
+            Section("settings", "Settings", settings_table(config)),
         ],
         lede=_lede(config, data, records),
         facts=_facts(run, config, data, starts, records),
@@ -72,23 +84,15 @@ def parameter_counts(config: PretrainConfig, channels: int) -> tuple[int, int]:
     return sum(p.numel() for p in encoder.parameters()), trained
 
 
-def _json_if_there(path: Path) -> Facts:
-    return read_json(path) if path.is_file() else {}
-
-
-def _steps_done(records: Sequence[Record]) -> int:
-    return int(records[-1]["step"]) + 1 if records else 0
-
-
 def _lede(config: PretrainConfig, data: Facts, records: Sequence[Record]) -> str:
     """One sentence of what was done and one of what came out, as HTML."""
     datasets = data.get("datasets") or ()
     where = f" on {escape(_listed(datasets, most=1))}" if datasets else ""
     text = (
         f"<strong>{escape(config.method.name)}</strong> of {escape(config.encoder)}{where}: "
-        f"{_steps_done(records):,} of {config.schedule.steps:,} steps."
+        f"{progress(records, config.schedule.steps)} steps."
     )
-    validation, trivial = _last(records, VALIDATION), _last(records, TRIVIAL)
+    validation, trivial = last_value(records, VALIDATION), last_value(records, TRIVIAL)
     if validation is None:
         return text
     text += f" Validation loss <strong>{validation:.4g}</strong>"
@@ -101,7 +105,7 @@ def _facts(
     run: Path, config: PretrainConfig, data: Facts, starts: Sequence[Facts], records: Sequence[Any]
 ) -> dict[str, str]:
     finished = (run / "checkpoints" / FINAL_CHECKPOINT).is_file()
-    steps = f"{_steps_done(records):,} of {config.schedule.steps:,}"
+    steps = progress(records, config.schedule.steps)
     facts = {
         "method": config.method.name,
         "encoder": config.encoder,
@@ -122,11 +126,8 @@ def _facts(
         facts["spacing z, y, x"] = (
             TIMES.join(f"{edge:g}" for edge in spacing) + " mm" if spacing else "varies"
         )
-    if starts:
-        last = starts[-1]
-        facts["device"] = ", ".join([str(last.get("device", "")), *last.get("gpus", [])])
-        facts["starts"] = str(len(starts))
-    failed = _last(records, "failed_cases")
+    facts |= start_facts(starts)
+    failed = last_value(records, "failed_cases")
     if failed is not None:
         facts["failed cases"] = f"{failed:.0f}"
     return facts
@@ -134,7 +135,7 @@ def _facts(
 
 def _result(records: Sequence[Record]) -> str:
     if not records:
-        return '<p class="caution">Nothing was recorded yet.</p>'
+        return NOTHING_RECORDED
     rows = []
     for name, key in (("training", TOTAL), ("validation", VALIDATION), ("trivial", TRIVIAL)):
         values = [(float(r[key]), int(r["step"])) for r in records if key in r]
@@ -150,7 +151,7 @@ def _result(records: Sequence[Record]) -> str:
             "that has learned nothing: the mean of what is visible (VoCo: overlap 1/n with each "
             "of the n base crops).</p>"
         )
-    failed = _last(records, "failed_cases")
+    failed = last_value(records, "failed_cases")
     if failed:
         parts.append(
             f'<p class="caution">{failed:.0f} case{"" if failed == 1 else "s"} could not be read '
@@ -160,15 +161,13 @@ def _result(records: Sequence[Record]) -> str:
 
 
 def _notes(run: Path, config: PretrainConfig, data: Facts) -> list[str]:
-    notes = []
-    if not (run / "checkpoints" / FINAL_CHECKPOINT).is_file():
-        notes.append("The run is not finished: the same training command goes on where it stopped.")
-    if not data.get("validation_cases") or not config.validation_patches:
-        notes.append("The run has no validation: training losses alone say nothing about others.")
-    return notes
+    return run_notes(
+        finished=(run / "checkpoints" / FINAL_CHECKPOINT).is_file(),
+        validated=bool(data.get("validation_cases") and config.validation_patches),
+    )
 
 
-def _pictures(pictures: Sequence[StoredPicture]) -> str:
+def _pictures(pictures: Sequence[StoredPicture], config: PretrainConfig) -> str:
     """Newest step first, the first step's under it, the others folded away."""
     if not pictures:
         return f'<p class="soft">The run has no pictures (folder {PICTURE_FOLDER}/).</p>'
@@ -177,9 +176,8 @@ def _pictures(pictures: Sequence[StoredPicture]) -> str:
     newest, first, between = order[0], order[-1], order[1:-1]
     kept, left_out = _within_budget([steps[newest], steps[first]], [steps[s] for s in between])
     parts = [
-        '<p class="soft">Validation samples, the same ones at every step. Slices: the middle along '
-        "z, first channel, grey from the first panel's 1st to its 99th percentile; blue is hidden "
-        "from the network.</p>"
+        '<p class="soft">Validation samples, the same ones at every step. '
+        f"{OVERLAPS if config.method.name == 'voco' else SLICES}</p>"
     ]
     for sample in sorted({p.sample for p in (*steps[newest], *steps[first])}):
         shown = [p for step in dict.fromkeys((newest, first)) for p in steps[step]]
@@ -222,24 +220,7 @@ def _figure(picture: StoredPicture, role: str = "") -> str:
     return png_figure(picture.path, name, alt=alt)
 
 
-def _settings(config: PretrainConfig) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(key)}</th>'
-        f'<td class="text">{escape(_setting(value))}</td></tr>'
-        for key, value in flatten(config.model_dump(mode="json")).items()
-    )
-    return f'<div class="scroll"><table>{rows}</table></div>'
-
-
-def _setting(value: Any) -> str:  # Any: a JSON value
-    return "none" if value is None else str(value)
-
-
 def _listed(names: Sequence[str], *, most: int) -> str:
     """The first names, and how many more there are."""
     text = ", ".join(str(name) for name in names[:most])
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
-
-
-def _last(records: Sequence[Record], key: str) -> float | None:
-    return next((float(r[key]) for r in reversed(records) if key in r), None)

@@ -13,6 +13,7 @@ from voxelbridge.core.arch.presets import ENCODER_PRESETS
 from voxelbridge.core.data.batches import step_batches
 from voxelbridge.core.data.case_store import CaseStore
 from voxelbridge.core.data.patient_split import MIN_PATIENTS_TO_SPLIT, patients_of, split_cases
+from voxelbridge.core.errors import DataError
 from voxelbridge.core.train.distributed import DeviceChoice, World, join_world
 from voxelbridge.core.train.loop import open_training, report_stop
 from voxelbridge.core.train.metrics import Meter
@@ -22,7 +23,12 @@ from voxelbridge.core.train.resume import stop_on_signals
 from voxelbridge.core.train.schedule import due
 from voxelbridge.core.train.settings import patches_per_pass
 from voxelbridge.core.train.steps import autocast, evaluating, move
-from voxelbridge.pretrain_ssl.batches import Batch, PatchSampler, on_device
+from voxelbridge.pretrain_ssl.batches import (
+    Batch,
+    NothingReadableError,
+    PatchSampler,
+    on_device,
+)
 from voxelbridge.pretrain_ssl.cases import Sampling, case_order, channel_count, check_masks
 from voxelbridge.pretrain_ssl.config import KIND, PretrainConfig
 from voxelbridge.pretrain_ssl.export import FINAL_CHECKPOINT, write_pretrained
@@ -52,8 +58,11 @@ def train(
     wanted = (config.sampling.centre_mask, *config.method.used_masks)
     check_masks(cases, [name for name in wanted if name is not None])
     training_cases, validation_cases = split_cases(patients_of(cases), seed=config.seed)
-    facts = data_facts(cases, store, channels, validation_cases)
     with join_world(device) as world, stop_on_signals() as stop:
+        failures = FailureWatch(
+            len(cases.cases), max_share=config.max_failed_share, speaks=world.is_main
+        )
+        facts = data_facts(cases, store, channels, validation_cases, failures)
         module = build_objective(config, channels)
         objective = as_objective(module)
         place_objective(module, config, world.device)
@@ -67,12 +76,12 @@ def train(
             seed=config.seed,
             augmentation=config.augmentation,
             centre_mask=config.sampling.centre_mask,
+            max_empty=config.sampling.max_empty,
             rank=world.rank,
             ranks=world.size,
             defer=world.device.type == "cuda",
         )
         held_out = validation_sampler(sampler, validation_cases, config)
-        failures = FailureWatch(len(cases.cases), max_share=config.max_failed_share)
         if world.is_main:
             _describe(config, module, training_cases, validation_cases, world)
         with open_training(
@@ -91,13 +100,15 @@ def train(
             batches = on_device(failures.watch(raw), world.device)
             for result in training.steps(batches):
                 if held_out and due(config.validate_every_steps, result.step):
-                    training.log(validate(module, held_out, config, world))
+                    training.log(validate(module, held_out, config, world, failures))
                     if world.is_main and not dry_run:
-                        for index, picture in enumerate(pictures_of(module, held_out, config)):
+                        for index, picture in pictures_of(module, held_out, config):
                             write_picture(picture_path(run, result.step, index), picture)
                             training.add_picture(f"patch {index}", draw_picture(picture))
-                if failures.count and due(config.log_every_steps, result.step):
-                    training.log({"failed_cases": failures.count})
+                is_last = result.step + 1 == config.schedule.steps
+                logging = is_last or due(config.log_every_steps, result.step)
+                if logging and (failed := failures.agree(world)):
+                    training.log({"failed_cases": failed})
             output = run / "checkpoints" / FINAL_CHECKPOINT
             if training.is_finished and world.is_main:
                 write_pretrained(
@@ -139,17 +150,23 @@ def validation_sampler(
 
 @torch.no_grad()
 def validate(
-    module: nn.Module, sampler: PatchSampler, config: PretrainConfig, world: World
+    module: nn.Module,
+    sampler: PatchSampler,
+    config: PretrainConfig,
+    world: World,
+    failures: FailureWatch,
 ) -> dict[str, float]:
     """Mean losses over the fixed validation patches, and what the trivial predictor has there.
 
-    Named `val_loss`, `val_trivial` and `val_<part>`.
+    Named `val_loss`, `val_trivial` and `val_<part>`; nothing where no held-out case can be read.
     """
     meter = Meter()
     objective = as_objective(module)
     with evaluating(module):
         for index in range(world.rank, config.validation_patches, world.size):
-            batch = validation_batch(sampler, index, world.device)
+            batch = validation_batch(sampler, index, world.device, failures)
+            if not batch:
+                continue
             with autocast(world.device, config.precision):
                 meter.add({**module(batch), "trivial": objective.trivial(batch)})
     means = meter.means(world)
@@ -159,28 +176,47 @@ def validate(
 @torch.no_grad()
 def pictures_of(
     module: nn.Module, sampler: PatchSampler, config: PretrainConfig
-) -> Iterator[Picture]:
-    """What the network makes of the first validation patches."""
+) -> Iterator[tuple[int, Picture]]:
+    """What the network makes of the first validation patches, with their numbers."""
     device = next(module.parameters()).device
     for index in range(min(config.pictures, config.validation_patches)):
         batch = validation_batch(sampler, index, device)
+        if not batch:
+            continue
         with evaluating(module), autocast(device, config.precision):
-            yield as_objective(module).pictures(batch)
+            yield index, as_objective(module).pictures(batch)
 
 
-def validation_batch(sampler: PatchSampler, index: int, device: torch.device) -> Batch:
-    """Validation patch `index` on `device`."""
-    batch = sampler.validation_batch(index)
-    del batch[FAILED]  # only what training meets is counted
+def validation_batch(
+    sampler: PatchSampler, index: int, device: torch.device, failures: FailureWatch | None = None
+) -> Batch:
+    """Validation patch `index` on `device`, empty where no held-out case can be read.
+
+    What could not be read goes to `failures`, if given.
+    """
+    try:
+        batch = sampler.validation_batch(index)
+    except NothingReadableError as error:  # the held-out cases are few: training goes on
+        batch = {FAILED: error.failures}
+    if failures:
+        failures.take(batch)
+    else:
+        del batch[FAILED]
     return move(batch, device)
 
 
 def data_facts(
-    cases: CaseStore, store: Path, channels: int, validation_cases: list[str]
+    cases: CaseStore,
+    store: Path,
+    channels: int,
+    validation_cases: list[str],
+    failures: FailureWatch,
 ) -> dict[str, Any]:  # Any: JSON values
-    """What identifies the data of a run, and what its checkpoint says about them."""
+    """What identifies the data of a run, and what its checkpoint says about them.
+
+    Cases whose details cannot be read go to `failures`.
+    """
     spacings = {record.spacing_mm for record in cases.cases}
-    details = cases.details(cases.cases[0].case_id)
     datasets = sorted({r.provenance.dataset for r in cases.cases if r.provenance.dataset})
     return {
         "schema": 1,
@@ -189,9 +225,19 @@ def data_facts(
         "num_cases": len(cases.cases),
         "channels": channels,
         "spacing_mm": list(spacings.pop()) if len(spacings) == 1 else None,  # None: it varies
-        "normalization": details.extra.get("normalization"),
+        "normalization": _normalization(cases, failures),
         "validation_cases": validation_cases,
     }
+
+
+def _normalization(cases: CaseStore, failures: FailureWatch) -> Any:  # Any: JSON values
+    """What the first case that can be read was normalized with; one store has one for all."""
+    for record in cases.cases:
+        try:
+            return cases.details(record.case_id).extra.get("normalization")
+        except DataError as error:
+            failures.take({FAILED: [(record.case_id, str(error))]})
+    raise DataError(f"{cases.root}: no case can be read; prepare the store again")
 
 
 def _describe(

@@ -1,16 +1,29 @@
 """vb-sup: supervised pre-training on many partially labelled data sets."""
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from voxelbridge.core.command_line import make_app, run_app
+from voxelbridge.core.command_line import (
+    Device,
+    DryPrepare,
+    Json,
+    License,
+    Overrides,
+    make_app,
+    run_app,
+)
 
 PACKAGE = "voxelbridge.pretrain_sup"
 
-app = make_app("Supervised pre-training of 3D encoders on many data sets.")
+app = make_app(
+    "Supervised pre-training of 3D encoders on many data sets.",
+    command="vb-sup",
+    package="voxelbridge-pretrain-sup",
+)
 
 
 class Normalization(StrEnum):
@@ -39,18 +52,6 @@ class Layout(StrEnum):
     joint = "joint"
 
 
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable."),
-]
 Preset = Annotated[
     str,
     typer.Argument(
@@ -88,9 +89,7 @@ def prepare(
         Layout | None, typer.Option(help="Heads per data set (default), or one joint layer.")
     ] = None,
     executor: Annotated[str, typer.Option(help="local, or dask:ADDRESS of a scheduler.")] = "local",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
-    ] = False,
+    dry_run: DryPrepare = False,
 ) -> None:
     """Bring raw data sets into one case store; what is done is skipped."""
     from voxelbridge.core.data.cluster import open_executor
@@ -137,7 +136,7 @@ def train(
             help="Begin with all weights of this run; data sets new to it get new stems and heads.",
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    device: Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that load; 0: this one.")] = 2,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard files.")] = False,
     dry_run: Annotated[bool, typer.Option(help="One step, nothing written.")] = False,
@@ -153,7 +152,7 @@ def train(
         store=store,
         run=run,
         extend=extend,
-        device=device.value,
+        device=device,
         workers=workers,
         tensorboard=tensorboard,
         dry_run=dry_run,
@@ -171,10 +170,7 @@ def export(
             help="Stem for whoever names none; else the data set with the most cases.",
         ),
     ] = None,
-    license_name: Annotated[
-        str | None,
-        typer.Option("--license", help="Licence of the weights, for instance CC-BY-4.0."),
-    ] = None,
+    license_name: License = None,
 ) -> None:
     """Write the run's stems, trunk and decoder as a checkpoint; heads stay behind."""
     from voxelbridge.pretrain_sup.export import export as export_run
@@ -219,7 +215,7 @@ def predict(
         list[str] | None,
         typer.Option(help="Accept in DICOM: gap, varying_spacing, duplicate, mixed_geometry."),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.auto,
+    device: Device = "auto",
 ) -> None:
     """Write a label map for every image, on its own grid; what is there is skipped."""
     from voxelbridge.pretrain_sup.predict_cases import PredictionRequest, predict_cases
@@ -232,7 +228,7 @@ def predict(
         overwrite=overwrite,
         pictures=overlays,
     )
-    count = predict_cases(run, images, out, request=request, device=device.value, allow=allow or ())
+    count = predict_cases(run, images, out, request=request, device=device, allow=allow or ())
     typer.echo(f"{out}: {count} cases predicted")
 
 
@@ -292,14 +288,13 @@ def report(
 
 
 @app.command()
-def show(preset: Preset, overrides: Overrides = None) -> None:
+def show(preset: Preset, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print the resolved settings, each with its origin."""
     from voxelbridge.core.config import load_config, preset_path
     from voxelbridge.pretrain_sup.config import MultiTalentConfig
 
-    typer.echo(
-        load_config(MultiTalentConfig, preset_path(PACKAGE, preset), overrides or ()).describe()
-    )
+    settings = load_config(MultiTalentConfig, preset_path(PACKAGE, preset), overrides or ())
+    typer.echo(json.dumps(settings.as_json(), indent=2) if as_json else settings.describe())
 
 
 @app.command()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from voxelbridge.core.config import flatten
 from voxelbridge.core.errors import DataError
 from voxelbridge.core.files import atomic_write, read_json
 from voxelbridge.core.report.losses import TOTAL, Record, training_charts
@@ -19,6 +18,18 @@ from voxelbridge.core.report.page import (
     notes_list,
     png_figure,
 )
+from voxelbridge.core.report.run_facts import (
+    MAX_PICTURE_BYTES,
+    NOTHING_RECORDED,
+    TIMES,
+    Facts,
+    last_value,
+    progress,
+    read_if_there,
+    run_notes,
+    settings_table,
+    start_facts,
+)
 from voxelbridge.core.run import ENVIRONMENT_FILE
 from voxelbridge.core.train.metrics import read_metrics
 from voxelbridge.pretrain_sup.config import MultiTalentConfig
@@ -29,15 +40,9 @@ from voxelbridge.pretrain_sup.predict_cases import MANIFEST_FILE
 from voxelbridge.pretrain_sup.weights import NETWORK_FILE, new_network, read_run
 
 OVERLAY_FOLDER = "overlays"  # in the run directory
-MAX_PICTURE_BYTES = 12_000_000  # of all pictures in one page; base64 makes a third more of it
 MAX_DATASET_CHARTS = 100
-VALIDATION, PSEUDO_DICE = (
-    "val_",
-    ".dice",
-)  # val_<data set> is its loss, val_<data set>.dice its Dice
-TIMES = " \N{MULTIPLICATION SIGN} "
-
-Facts = Mapping[str, Any]  # Any: JSON values
+VALIDATION = "val_"  # val_<data set> is its loss
+PSEUDO_DICE = ".dice"  # val_<data set>.dice is its Dice
 
 
 def write_training_report(
@@ -50,8 +55,8 @@ def write_training_report(
     for a folder without pictures and for foreign files.
     """
     config, space, _ = read_run(run)
-    data = _json_if_there(run / "data.json")
-    starts = _json_if_there(run / ENVIRONMENT_FILE).get("starts", [])
+    data = read_if_there(run / "data.json")
+    starts = read_if_there(run / ENVIRONMENT_FILE).get("starts", [])
     path = run / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
     folders = [*([run / OVERLAY_FOLDER] if (run / OVERLAY_FOLDER).is_dir() else []), *predictions]
@@ -61,7 +66,7 @@ def write_training_report(
         Section("labels", "Label maps", _label_maps(folders)),
         Section("scores", "Scores", _scores([_read_scores(file) for file in metrics])),
         Section("datasets", "Data sets", _datasets(space, data)),
-        Section("settings", "Settings", _settings(config)),
+        Section("settings", "Settings", settings_table(config)),
     ]
     page = html_page(
         f"Supervised pre-training: {run.resolve().name}",
@@ -85,20 +90,12 @@ def parameter_counts(config: MultiTalentConfig, space: LabelSpace) -> tuple[int,
     )
 
 
-def _json_if_there(path: Path) -> Facts:
-    return read_json(path) if path.is_file() else {}
-
-
-def _steps_done(records: Sequence[Record]) -> int:
-    return int(records[-1]["step"]) + 1 if records else 0
-
-
 def _lede(config: MultiTalentConfig, space: LabelSpace, records: Sequence[Record]) -> str:
     """One sentence of what was done and one of what came out, as HTML."""
     count = len(space.datasets)
     text = (
         f"<strong>{escape(config.encoder)}</strong> on {count} data set{'s' * (count != 1)}: "
-        f"{_steps_done(records):,} of {config.schedule.steps:,} steps."
+        f"{progress(records, config.schedule.steps)} steps."
     )
     ends = {name: _ends(records, name) for name in (d.name for d in space.datasets)}
     both = {name: pair for name, pair in ends.items() if pair is not None}
@@ -124,7 +121,7 @@ def _facts(
         "decoder": {"unet": "U-Net", "ufpn": "U-FPN"}[config.decoder.kind],
         "patch z, y, x": TIMES.join(str(edge) for edge in config.patch_size),
         "batch size": str(config.batch_size),
-        "optimizer steps": f"{_steps_done(records):,} of {config.schedule.steps:,}"
+        "optimizer steps": progress(records, config.schedule.steps)
         + (", finished" if finished else ", not finished"),
         "parameters": f"{total:,}, of these encoder {encoder:,}",
         "data sets": f"{len(space.datasets)} with {targets} targets",
@@ -134,16 +131,12 @@ def _facts(
     if cases:
         held_out = len(data.get("validation_cases") or ())
         facts["cases"] = f"{sum(cases.values()):,}, of these for validation {held_out:,}"
-    if starts:
-        last = starts[-1]
-        facts["device"] = ", ".join([str(last.get("device", "")), *last.get("gpus", [])])
-        facts["starts"] = str(len(starts))
-    return facts
+    return facts | start_facts(starts)
 
 
 def _result(records: Sequence[Record], space: LabelSpace) -> str:
     if not records:
-        return '<p class="caution">Nothing was recorded yet.</p>'
+        return NOTHING_RECORDED
     rows = []
     for title, key in [("all", TOTAL), *((d.name, d.name) for d in space.datasets)]:
         ends = _ends(records, key)
@@ -152,8 +145,8 @@ def _result(records: Sequence[Record], space: LabelSpace) -> str:
             continue
         first, last = (figure_cell(value, form=".4g") for value in ends)
         lowest = figure_cell(min(float(r[key]) for r in records if key in r), form=".4g")
-        validation = _last(records, f"{VALIDATION}{key}")
-        dice = _last(records, f"{VALIDATION}{key}{PSEUDO_DICE}")
+        validation = last_value(records, f"{VALIDATION}{key}")
+        dice = last_value(records, f"{VALIDATION}{key}{PSEUDO_DICE}")
         rows.append(
             (title, [first, lowest, last, figure_cell(validation, form=".4g"), figure_cell(dice)])
         )
@@ -166,12 +159,10 @@ def _result(records: Sequence[Record], space: LabelSpace) -> str:
 
 
 def _notes(run: Path, records: Sequence[Record]) -> list[str]:
-    notes = []
-    if not (run / "checkpoints" / NETWORK_FILE).is_file():
-        notes.append("The run is not finished: the same training command goes on where it stopped.")
-    if records and not any(key.startswith(VALIDATION) for r in records for key in r):
-        notes.append("The run has no validation: training losses alone say nothing about others.")
-    return notes
+    return run_notes(
+        finished=(run / "checkpoints" / NETWORK_FILE).is_file(),
+        validated=not records or any(key.startswith(VALIDATION) for r in records for key in r),
+    )
 
 
 def _curves(records: Sequence[Record], space: LabelSpace) -> str:
@@ -208,7 +199,7 @@ def _label_maps(folders: Sequence[Path]) -> str:
         paths = sorted(folder.glob("*.png"))
         if not paths:
             raise DataError(f"{folder}: no picture ({{case}}.png); `vb-sup predict` writes them")
-        told = _json_if_there(folder / MANIFEST_FILE)
+        told = read_if_there(folder / MANIFEST_FILE)
         whose = f"{folder.name}: {told['dataset']}" if "dataset" in told else folder.name
         figures = []
         for path in paths:
@@ -275,15 +266,6 @@ def _datasets(space: LabelSpace, data: Facts) -> str:
     )  # fmt: skip
 
 
-def _settings(config: MultiTalentConfig) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(key)}</th>'
-        f'<td class="text">{escape("none" if value is None else str(value))}</td></tr>'
-        for key, value in flatten(config.model_dump(mode="json")).items()
-    )
-    return f'<div class="scroll"><table>{rows}</table></div>'
-
-
 def _only(records: Sequence[Record], keep: Callable[[str], bool]) -> list[dict[str, Any]]:
     """The records with the chosen values alone, without those that have none."""
     chosen = [{key: value for key, value in r.items() if keep(key)} for r in records]
@@ -298,7 +280,3 @@ def _ends(records: Sequence[Record], key: str) -> tuple[float, float] | None:
     """The first and the last value; None where there are not two."""
     values = [float(r[key]) for r in records if key in r]
     return (values[0], values[-1]) if len(values) > 1 else None
-
-
-def _last(records: Sequence[Record], key: str) -> float | None:
-    return next((float(r[key]) for r in reversed(records) if key in r), None)

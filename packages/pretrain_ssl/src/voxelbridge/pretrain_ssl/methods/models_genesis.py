@@ -179,7 +179,7 @@ class ModelsGenesisObjective(nn.Module):
         with torch.no_grad():
             spoiled = spoil(first, self.parity)
             restored = self.restore(spoiled)
-        volumes = {"input": first["image"], "corrupted": spoiled, "reconstruction": restored}
+        volumes = {"image": first["image"], "corrupted": spoiled, "reconstruction": restored}
         panels = tuple(slice_panel(name, volume[0]) for name, volume in volumes.items())
         return Picture("slices", panels)
 

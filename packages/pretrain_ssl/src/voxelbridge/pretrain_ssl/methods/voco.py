@@ -251,7 +251,7 @@ class VoCoObjective(nn.Module):
         first = {name: value[:1] for name, value in batch.items()}
         crops = self._crops(first, augmented=False)
         predicted = self._predict(crops, *self._embed(crops, self.encoder, self.head))
-        panels = (("predicted overlap", predicted), ("true overlap", first["overlap"]))
+        panels = (("true overlap", first["overlap"]), ("predicted overlap", predicted))
         return Picture(
             "overlap",
             tuple(Panel(name, values[0].float().cpu().numpy()) for name, values in panels),
