@@ -18,6 +18,8 @@ PLAIN_CORE = (
     "cli",
     "command_line",
     "config",
+    "config_errors",
+    "config_fields",
     "doctor",
     "errors",
     "files",
@@ -26,6 +28,7 @@ PLAIN_CORE = (
     "safetensors_header",
     "tiles",
     "transfer",
+    "wording",
 )
 PLAIN_LIBRARIES = {"numpy", "pydantic", "safetensors", "torch", "typer"}
 COMMANDS = {

@@ -1,6 +1,8 @@
 """Names, commands and options that others script against: changing one breaks a test here."""
 
 import importlib
+import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ NAMES = {
 
 OPTIONS = {
     "vb-core inspect": ("--json",),
-    "vb-core verify": (),
+    "vb-core verify": ("--json",),
     "vb-core compare": ("--json", "--stem"),
     "vb-core import": ("-o", "--from", "--plan", "--stem", "--arch", "--json"),
     "vb-core export": ("--to", "-o", "--stem", "--outputs", "--fresh-decoder"),
@@ -36,14 +38,14 @@ OPTIONS = {
     "vb-ssl train": ("--store", "--run", "--set", "--device", "--dry-run"),
     "vb-ssl export": ("-o",),
     "vb-ssl report": ("-o",),
-    "vb-ssl show": ("--set",),
+    "vb-ssl show": ("--set", "--json"),
     "vb-sup prepare": ("--workers", "--labels", "--layout", "--executor"),
     "vb-sup train": ("--store", "--run", "--set", "--device", "--extend", "--dry-run"),
     "vb-sup export": ("-o", "--default-stem", "--license"),
     "vb-sup predict": ("--images", "--out"),
     "vb-sup evaluate": (),
     "vb-sup report": ("-o",),
-    "vb-sup show": ("--set",),
+    "vb-sup show": ("--set", "--json"),
     "vb-sup catalogue": ("--json",),
     "vb-detect prepare": ("--plan", "--workers"),
     "vb-core overlap": ("--json",),
@@ -128,7 +130,7 @@ OPTIONS = {
     ),
     "vb-detect report": ("-o",),
     "vb-detect info": ("--json",),
-    "vb-detect show": ("--set", "--store"),
+    "vb-detect show": ("--set", "--store", "--json"),
     "vb-detect export": ("-o", "--check"),
     "vb-detect schedule": ("--set", "--json", "--plot"),
     "vb-detect study": (),  # run, status, report: tests/detect/test_study.py
@@ -232,13 +234,59 @@ def test_help_exits_with_0(line: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert printed.err == ""
 
 
+@pytest.mark.parametrize("program", APPS)
+def test_version_is_the_one_of_the_installed_package(
+    program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = metadata.entry_points(group="console_scripts", name=program)
+    assert command.dist is not None
+    assert run(f"{program} --version") == 0
+    assert capsys.readouterr() == (f"{program} {command.dist.version}\n", "")
+
+
+@pytest.mark.parametrize(
+    "line", ["vb-ssl show mae_small", "vb-sup show multitalent_small", "vb-detect show retunet"]
+)
+def test_show_as_json_holds_every_value_with_its_origin(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"{line} --set seed=5 --json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert run(f"{line} --set seed=5") == 0
+    assert shown["seed"] == {"value": 5, "origin": "--set"}
+    assert shown["patch_size"]["origin"] == "preset"
+    assert len(shown) == len(capsys.readouterr().out.splitlines())
+
+
 @pytest.mark.parametrize("line", OPTIONS)
 def test_unknown_option_exits_with_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"{line} --no-such-option") == 2
     printed = capsys.readouterr()
     assert "--no-such-option" in printed.err
     assert "Traceback" not in printed.err
+    assert len(printed.err.splitlines()) == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("vb-ssl train", "vb-ssl train: missing argument 'preset'"),
+        ("vb-ssl train mae --store", "option '--store' requires an argument"),
+        ("vb-sup trian", "vb-sup: no such command 'trian'. Did you mean 'train'?"),
+        ("vb-detect train p --store s --run r --device tpu", "'tpu' is not one of 'auto', 'cpu'"),
+        ("vb-core card x --output", "option '--output' requires an argument"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(line) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert said in told
+    assert told.endswith("--help\n")
+    assert len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize("program", APPS)

@@ -48,6 +48,29 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_missing_source_beside_an_existing_target_is_one_line(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["import"], ["export", "--to", "nnssl"]):
+        status, out, err = call(capsys, *words, file.parent / "none.pth", "-o", file)
+        assert (status, out) == (1, "")
+        assert "none.pth" in err
+        assert len(err.splitlines()) == 1
+
+
+def test_a_path_that_cannot_be_written_is_one_line(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocked = file / "card.md"  # below a file
+    status, _, err = call(capsys, "card", file, "-o", blocked)
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert err.startswith("error: ")
+    assert "tiny.safetensors" in err
+    status, _, err = call(capsys, "card", file, "-o", file.parent)
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert str(file.parent) in err
+
+
 def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit status, stdout, stderr of vb-core."""
     try:
@@ -96,6 +119,17 @@ def test_verify_accepts_a_sound_file(file: Path, capsys: pytest.CaptureFixture) 
     status, out, err = call(capsys, "verify", file)
     assert (status, err) == (0, "")
     assert f"{file}: ok" in out
+
+
+def test_verify_json_says_ok_or_why_not(file: Path, capsys: pytest.CaptureFixture) -> None:
+    status, out, err = call(capsys, "verify", file, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {"path": str(file), "ok": True, "problems": []}
+    file.write_bytes(file.read_bytes()[:-1])
+    status, out, err = call(capsys, "verify", file, "--json")
+    facts = json.loads(out)
+    assert (status, facts["ok"]) == (1, False)
+    assert err == f"error: {facts['problems'][0]}\n"
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
@@ -173,6 +207,10 @@ def test_verify_of_a_store_prints_every_problem(
     assert status == 1
     assert out.splitlines() == ["case a: altered", "case b: missing"]
     assert err == f"error: {tmp_path}: 2 problems in 2 cases; see above\n"
+    status, out, err_of_json = call(capsys, "verify", tmp_path, "--json")
+    problems = ["case a: altered", "case b: missing"]
+    assert (status, err_of_json) == (1, err)
+    assert json.loads(out) == {"path": str(tmp_path), "ok": False, "problems": problems}
 
 
 def test_verify_of_a_sound_store(

@@ -99,6 +99,8 @@ def test_an_unknown_key_suggests_the_nearest(preset: Path) -> None:
         ("precision=fp16", "'fp32' or 'bf16'"),
         ("patch_size=[1,2]", "patch_size"),
         ("schedule.name=cosine", 'schedule.name: got "cosine"'),
+        ("schedule={}", "schedule.name: got nothing, expected one of 'poly', 'constant'"),
+        ('schedule={"name": null}', "schedule.name: got null, expected one of 'poly', 'constant'"),
         ("tag", "expected KEY=VALUE"),
         ("tag.deeper=1", "tag.deeper"),
     ],
@@ -107,6 +109,16 @@ def test_a_wrong_value_is_named_with_what_is_legal(
     preset: Path, override: str, expected: str
 ) -> None:
     assert expected in _error(preset, override)
+
+
+def test_a_wrong_value_names_where_it_was_given(preset: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--set: precision: got \"fp8\""):
+        load_config(Example, preset, ["precision=fp8"])
+    preset.write_text(TOML.replace("10", "-1"))
+    with pytest.raises(ConfigError, match=rf"^{preset}: schedule\.steps: got -1"):
+        load_config(Example, preset)
+    with pytest.raises(ConfigError, match=rf"^{preset} with --set: schedule\.steps: got -1"):
+        load_config(Example, preset, ["tag=a"])
 
 
 def test_a_missing_field_is_named(preset: Path) -> None:

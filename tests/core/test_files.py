@@ -68,3 +68,7 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "taken" / "inside").touch()
     with pytest.raises(DataError, match="cannot be written"):
         write_json(tmp_path / "taken", {})
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.json", Path("/proc/self/x.json")):
+        with pytest.raises(DataError, match=rf"^{path}: cannot be written \("):
+            write_json(path, {})

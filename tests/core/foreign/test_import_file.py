@@ -310,6 +310,25 @@ def test_a_plan_beside_the_file_is_used_and_its_citations_kept(tmp_path: Path) -
         import_checkpoint(path, plan=tmp_path / "other.json")
 
 
+def test_what_was_imported_is_told_in_words(tmp_path: Path) -> None:
+    weights = foreign_names(RESENC_SMALL)
+    plan = nnssl_plan(RESENC_SMALL)
+    path = saved(tmp_path / "a.pth", {"network_weights": weights, "nnssl_adaptation_plan": plan})
+    lines = import_checkpoint(path).lines()
+    for key, words in {
+        "features": "8, 16, 32, 64",
+        "strides": "1x1x1, 2x2x2, 2x2x2, 2x2x2",
+        "spacing (mm)": "1 x 1 x 1",
+        "patch": "64 x 64 x 64",
+        "normalization": "zscore (nonzero_only no)",
+    }.items():
+        assert f"{key:<16} {words}" in lines
+    plan["architecture_plans"]["arch_kwargs"]["strides"][1] = [1, 2, 2]
+    (tmp_path / "other.json").write_text(json.dumps(plan))
+    with pytest.raises(CheckpointError, match=r"strides: plan \(1x1x1, 1x2x2, .*\), weights \(1x"):
+        import_checkpoint(path, plan=tmp_path / "other.json")
+
+
 def test_transposed_training_axes_are_turned_to_zyx(tmp_path: Path) -> None:
     config = RESENC_SMALL.model_copy(
         update={

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from voxelbridge.core.command_line import make_app, run_app
-from voxelbridge.core.errors import ConfigError, DataError
+from voxelbridge.core.command_line import Json, make_app, run_app
+from voxelbridge.core.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help must answer at once
     from voxelbridge.core.checkpoint import Checkpoint
 
 app = make_app(
-    "Checkpoints: fetch, import, inspect, verify, compare, export; case stores; the machine."
+    "Checkpoints: fetch, import, inspect, verify, compare, export; case stores; the machine.",
+    command="vb-core",
+    package="voxelbridge-core",
 )
 
 CheckpointPath = Annotated[Path, typer.Argument(help="A checkpoint (.safetensors).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def main() -> None:
@@ -49,14 +50,28 @@ def inspect(file: CheckpointPath, *, as_json: Json = False) -> None:
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A checkpoint (.safetensors) or a case store.")],
+    *,
+    as_json: Json = False,
 ) -> None:
     """Check hashes, and shapes against the architecture; exit status 1 on any problem."""
-    if path.is_dir():
-        _verify_store(path)
-        return
-    from voxelbridge.core.checkpoint import read_checkpoint
-
-    typer.echo(f"{path}: ok, {_size_words(read_checkpoint(path))}")
+    is_store = path.is_dir()
+    if is_store:
+        _require_data_extra(path)
+    try:
+        content, problems = _check_store(path) if is_store else (_check_checkpoint(path), [])
+    except (CheckpointError, DataError) as error:  # not even to be read
+        if as_json:
+            _tell_verified(path, [str(error)])
+        raise
+    if as_json:
+        _tell_verified(path, problems)
+    else:
+        for problem in problems:
+            typer.echo(problem)
+    if problems:
+        raise DataError(f"{path}: {len(problems)} problems in {content}; see above")
+    if not as_json:
+        typer.echo(f"{path}: ok, {content}")
 
 
 @app.command()
@@ -295,17 +310,22 @@ def doctor(*, as_json: Json = False) -> None:
     typer.echo(found.verdict)
 
 
-def _verify_store(path: Path) -> None:
-    _require_data_extra(path)
+def _check_checkpoint(path: Path) -> str:
+    from voxelbridge.core.checkpoint import read_checkpoint
+
+    return _size_words(read_checkpoint(path))
+
+
+def _check_store(path: Path) -> tuple[str, list[str]]:
     from voxelbridge.core.data.case_store import CaseStore
 
     store = CaseStore.open(path)
-    problems = store.verify()
-    for problem in problems:
-        typer.echo(problem)
-    if problems:
-        raise DataError(f"{path}: {len(problems)} problems in {len(store.cases)} cases; see above")
-    typer.echo(f"{path}: ok, {len(store.cases)} cases")
+    return f"{len(store.cases)} cases", store.verify()
+
+
+def _tell_verified(path: Path, problems: list[str]) -> None:
+    facts = {"path": str(path), "ok": not problems, "problems": problems}
+    typer.echo(json.dumps(facts, indent=2))
 
 
 def _require_data_extra(path: Path) -> None:
@@ -319,7 +339,7 @@ def _require_data_extra(path: Path) -> None:
 
 
 def _refuse_same_file(source: Path, target: Path) -> None:
-    if target.exists() and target.samefile(source):
+    if source.exists() and target.exists() and target.samefile(source):
         raise ConfigError(f"{target}: is the checkpoint itself; write to another file")
 
 

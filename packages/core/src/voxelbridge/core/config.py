@@ -10,19 +10,21 @@ becomes a number, no number becomes text, unknown keys are errors that suggest t
 one.
 """
 
+import copy
 import difflib
 import hashlib
 import json
 import tomllib
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from voxelbridge.core.config_errors import explain
+from voxelbridge.core.config_fields import chosen_model, locate, suggestion
 from voxelbridge.core.errors import ConfigError
 
 Tree = dict[str, Any]  # Any: a TOML or JSON tree before validation
@@ -69,15 +71,22 @@ class Resolved(Generic[C]):
         ]
         return "\n".join(lines)
 
+    def as_json(self) -> Tree:
+        """`{key: {"value": value, "origin": origin}}`, in the order of the model."""
+        values = flatten(self.config.model_dump(mode="json"))
+        return {key: {"value": value, "origin": self.origins[key]} for key, value in values.items()}
+
 
 def load_config(model: type[C], source: Path, overrides: Sequence[str] = ()) -> Resolved[C]:
     """The config in `source` (TOML, or JSON as written to a run directory) with overrides applied.
 
     `overrides` are `dotted.key=value` texts; a value is read by the type of its field, so that
     text stays text (`tag=007`) and everything else is written as in JSON (`patch_size=[8,8,8]`).
-    Raises ConfigError naming the file, the dotted key, what was got and what is legal.
+    Raises ConfigError naming the file (or `--set`, where the file alone is sound), the dotted key,
+    what was got and what is legal.
     """
     tree, stated = _merged(model, read_layers(model, source))
+    own = copy.deepcopy(tree)
     overridden: set[str] = set()
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -85,7 +94,7 @@ def load_config(model: type[C], source: Path, overrides: Sequence[str] = ()) -> 
             raise ConfigError(f"--set {override}: expected KEY=VALUE, such as batch_size=2")
         _assign(tree, key, _read_value(model, tree, key, text))
         overridden |= {key}
-    config = validate(model, tree, where=str(source))
+    config = validate(model, tree, where=_place(model, source, own, overrides))
     origins = {
         key: "--set" if _covered(key, overridden) else stated.get(key, "default")
         for key in flatten(config.model_dump(mode="json"))
@@ -103,7 +112,7 @@ def validate(model: type[C], tree: Tree, *, where: str) -> C:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{where}: {_explain(model, tree, problems[0])}{more}") from None
+        raise ConfigError(f"{where}: {explain(model, tree, problems[0])}{more}") from None
 
 
 def preset_path(package: str, name_or_path: str) -> Path:
@@ -194,8 +203,8 @@ def _shipped(package: str) -> dict[str, Path]:
 
 def _shipped_list(name: str, shipped: Mapping[str, Path]) -> str:
     near = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"shipped are {', '.join(shipped) or 'none'}{hint}"
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}shipped are {', '.join(shipped) or 'none'}"
 
 
 def _base_path(model: type[Config], source: Path, base: object) -> Path:
@@ -228,7 +237,7 @@ def _merged(model: type[Config], layers: Sequence[Layer]) -> tuple[Tree, dict[st
     return tree, origins
 
 
-def _extended(model: type[Config] | None, base: Tree, own: Tree) -> Tree:
+def _extended(model: type[BaseModel] | None, base: Tree, own: Tree) -> Tree:
     """`base` with the values of `own`; tables of the same variant are merged."""
     merged = dict(base)
     for key, value in own.items():
@@ -238,10 +247,10 @@ def _extended(model: type[Config] | None, base: Tree, own: Tree) -> Tree:
             default = field.get_default(call_default_factory=False) if field else None
             before = base.get(key)
             kept: Tree = before if isinstance(before, dict) else {}
-            chosen = _chosen_model(annotation, value, default)
+            chosen = chosen_model(annotation, value, default)
             if not (value.keys() & {"name", "kind"}):
-                chosen = _chosen_model(annotation, kept, default)
-            elif chosen is not _chosen_model(annotation, kept, default):
+                chosen = chosen_model(annotation, kept, default)
+            elif chosen is not chosen_model(annotation, kept, default):
                 kept = {}
             merged[key] = _extended(chosen, kept, value)
         elif value in _NONE and annotation and _means_none(TypeAdapter(annotation), value):
@@ -253,6 +262,17 @@ def _extended(model: type[Config] | None, base: Tree, own: Tree) -> Tree:
 
 def _means_none(adapter: TypeAdapter[Any], text: str) -> bool:
     return _accepts(adapter, None) and not _accepts(adapter, text)
+
+
+def _place(model: type[Config], source: Path, own: Tree, overrides: Sequence[str]) -> str:
+    """What an error in the settings of `source`, whose own ones are `own`, has to name."""
+    if not overrides:
+        return str(source)
+    try:
+        validate(model, own, where=str(source))
+    except ConfigError:
+        return f"{source} with --set"
+    return "--set"
 
 
 def _assign(tree: Tree, key: str, value: object) -> None:
@@ -267,9 +287,9 @@ def _assign(tree: Tree, key: str, value: object) -> None:
 
 
 def _read_value(model: type[Config], tree: Tree, key: str, text: str) -> object:
-    annotation, known, parent = _locate(model, tree, key.split("."))
+    annotation, known, parent = locate(model, tree, key.split("."))
     if annotation is None:
-        raise ConfigError(f"--set {key}: no such setting{_suggestion(key, known, parent)}")
+        raise ConfigError(f"--set {key}: no such setting{suggestion(key, known, parent)}")
     adapter = TypeAdapter(annotation)
     if text in _NONE and _accepts(adapter, None):
         return None
@@ -295,136 +315,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _locate(
-    model: type[Config], tree: object, parts: Sequence[str]
-) -> tuple[Any, list[str], str]:  # Any: a type annotation
-    """Annotation of the field at `parts` (None if there is none), known names, parent's key."""
-    current: type[Config] | None = model
-    annotation: Any = model  # Any: annotations have no common type
-    path: list[str] = []
-    for part in parts:
-        if current is None:
-            inner = _values_of(annotation)
-            if inner is None:
-                return None, [], ".".join(path)
-            annotation, value = inner, tree.get(part) if isinstance(tree, dict) else None
-            current, tree = _chosen_model(annotation, value, None), value
-            path.append(part)
-            continue
-        field = current.model_fields.get(part)
-        if field is None:
-            return None, list(current.model_fields), ".".join(path)
-        annotation = field.annotation
-        value = tree.get(part) if isinstance(tree, dict) else None
-        default = field.get_default(call_default_factory=False)
-        current = _chosen_model(annotation, value, default)
-        tree = value
-        path.append(part)
-    return annotation, [], ".".join(path[:-1])
-
-
-def _chosen_model(annotation: object, value: object, default: object) -> type[Config] | None:
-    models = _models(annotation)
-    name = value.get("name", value.get("kind")) if isinstance(value, dict) else None
-    if name is None:
-        name = getattr(default, "name", getattr(default, "kind", None))
-    for model in models:
-        if len(models) == 1 or name in _names(model):
-            return model
-    return None
-
-
-def _models(annotation: object) -> list[type[Config]]:
-    if get_origin(annotation) is Annotated:
-        return _models(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [model for member in get_args(annotation) for model in _models(member)]
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return []
-
-
-def _values_of(annotation: object) -> object | None:
-    """The type of the values where `annotation` is a table with keys of the user's choice."""
-    if get_origin(annotation) is Annotated:
-        return _values_of(get_args(annotation)[0])
-    if get_origin(annotation) in (dict, Mapping):
-        return get_args(annotation)[1]
-    return None
-
-
-def _names(model: type[Config]) -> tuple[object, ...]:
-    field = model.model_fields.get("name") or model.model_fields.get("kind")
-    return get_args(field.annotation) if field else ()
-
-
-def _tag_of(parent: type[Config] | None, location: Sequence[str]) -> str:
-    """What tells the variants at `location` apart: `name`, in parts of a checkpoint `kind`."""
-    field = parent.model_fields.get(location[-1]) if parent else None
-    variants = _models(field.annotation) if field else []
-    return "kind" if any("kind" in variant.model_fields for variant in variants) else "name"
-
-
-def _explain(model: type[Config], tree: Tree, problem: Any) -> str:  # Any: pydantic's ErrorDetails
-    location, parent_model = _plain_location(model, problem["loc"])
-    key = ".".join(location) or "the whole file"
-    message = problem["msg"].removeprefix("Value error, ")
-    match problem["type"]:
-        case "value_error" if not location:  # a rule over several settings names them itself
-            return message
-        case "extra_forbidden":
-            known = list(parent_model.model_fields) if parent_model else []
-            return f"{key}: no such setting{_suggestion(key, known, '.'.join(location[:-1]))}"
-        case "missing":
-            return f"{key}: missing; it has no default and must be set"
-        case "union_tag_not_found" | "union_tag_invalid":
-            legal = (problem.get("ctx") or {}).get("expected_tags", "")
-            tag = _tag_of(parent_model, location)
-            return f"{key}.{tag}: got {_got(tree, (*location, tag))}, expected one of {legal}"
-        case _:
-            return f"{key}: got {_got(tree, location)}; {message[:1].lower()}{message[1:]}"
-
-
-def _plain_location(
-    model: type[Config], raw: Sequence[str | int]
-) -> tuple[tuple[str, ...], type[Config] | None]:
-    """pydantic's location without the union tags, and the model that holds the last key."""
-    location: list[str] = []
-    parent: type[Config] | None = model
-    choices: list[type[Config]] = [model]
-    for part in raw:
-        if len(choices) > 1:  # this part is the tag of a union
-            chosen = [choice for choice in choices if part in _names(choice)]
-            choices = chosen or choices[:1]
-            if chosen:
-                continue
-        parent = choices[0] if choices else None
-        location.append(str(part))
-        field = parent.model_fields.get(str(part)) if parent else None
-        choices = _models(field.annotation) if field else []
-    return tuple(location), parent
-
-
-def _got(tree: object, location: Sequence[str]) -> str:
-    for part in location:
-        if isinstance(tree, dict):
-            tree = tree.get(part)
-        elif isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        else:
-            return "nothing"
-    return json.dumps(tree)
-
-
-def _suggestion(key: str, known: Sequence[str], parent: str) -> str:
-    last = key.rsplit(".", 1)[-1]
-    prefix = f"{parent}." if parent else ""
-    near = difflib.get_close_matches(last, known, n=1)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    return f"; known here are {', '.join(known)}" if known else ""
 
 
 def _covered(key: str, overridden: set[str]) -> bool:

@@ -21,10 +21,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The content is flushed to the disk before the name changes, so that a killed process or a
     power cut leaves the old file or the new one. The temporary file keeps the target's suffix.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=TEMPORARY_PREFIX, suffix=f"-{path.name}", dir=path.parent
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=TEMPORARY_PREFIX, suffix=f"-{path.name}", dir=path.parent
+        )
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
     os.close(handle)
     temporary = Path(name)
     try:

@@ -141,7 +141,9 @@ def _image_facts(where: str, plan: Mapping[Any, Any], settings: Mapping[Any, Any
     order = plan.get("transpose_forward")
     transpose = _triple(order, int) or (0, 1, 2)
     if sorted(transpose) != [0, 1, 2]:
-        raise refusal(where, f"transpose_forward is {quoted(str(order))}, no axis order")
+        raise refusal(
+            where, f"transpose_forward is {', '.join(map(str, transpose))}, no axis order"
+        )
     dataset = read_text(plan.get("dataset_name"))
     return PlanFacts(
         where,

@@ -17,6 +17,7 @@ from voxelbridge.core.config import validate
 from voxelbridge.core.errors import ConfigError
 from voxelbridge.core.foreign.names import NamedWeights
 from voxelbridge.core.safetensors_header import refusal
+from voxelbridge.core.wording import by_axis, listed
 
 _BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.")
 _CONV = re.compile(r"stages\.(\d+)\.convs\.(\d+)\.")
@@ -66,7 +67,7 @@ def seen_encoder(origin: str, named: NamedWeights) -> SeenEncoder:
     features, kernels = [], []
     for stage, weight in zip(stages, first, strict=True):
         if weight is None or weight.ndim != 5:
-            found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
+            found = "is missing" if weight is None else f"is {by_axis(weight.shape)}"
             raise refusal(
                 origin,
                 f"the first convolution of stage {stage} {found}, expected one in three dimensions",
@@ -129,7 +130,7 @@ def agreed_encoder(
         ]
         if strides is not None:
             rows.append(("strides", planned.strides, strides))
-        wrong = [f"{f}: plan {p}, weights {w}" for f, p, w in rows if p != w]
+        wrong = [f"{f}: plan {_words(p)}, weights {_words(w)}" for f, p, w in rows if p != w]
         if wrong:
             raise refusal(origin, f"its weights are not those of {plan}: {'; '.join(wrong)}")
         return planned
@@ -143,6 +144,10 @@ def agreed_encoder(
         return validate(EncoderConfig, {**vars(seen), "strides": strides}, where="architecture")
     except ConfigError as error:
         raise refusal(origin, str(error)) from error
+
+
+def _words(value: object) -> str:
+    return f"({listed(value)})" if isinstance(value, tuple) else str(value)
 
 
 def _seen_pyramid(origin: str, tensors: Mapping[str, Tensor]) -> UFPNConfig:

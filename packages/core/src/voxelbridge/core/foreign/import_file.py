@@ -53,6 +53,7 @@ from voxelbridge.core.foreign.recognise import Origin, recognise
 from voxelbridge.core.foreign.safe_torch import ForeignFile, read_foreign
 from voxelbridge.core.foreign.weights import find_weights, require_usable
 from voxelbridge.core.safetensors_header import quoted, refusal
+from voxelbridge.core.wording import by_axis, listed, scheme_words
 
 SINGLE_STEM = "default"  # what the only stem of a file without names is called
 MULTITALENT_DEFAULT_STEM = "351_0"  # CT; the published MultiTalent files are used with it
@@ -84,19 +85,21 @@ class ImportedCheckpoint:
     def lines(self) -> list[str]:
         """What the weights are, for people; the citations last."""
         metadata = self.checkpoint.metadata
-        arch = metadata.arch
+        arch, schemes = metadata.arch, metadata.normalization
         channels = {name: stem.channels for name, stem in metadata.stems.items()}
         stems = ", ".join(f"{name} ({n} channel{'s' * (n != 1)})" for name, n in channels.items())
         rows: list[tuple[str, object]] = [
             ("method", metadata.method),
-            ("encoder", f"{arch.kind}, features {arch.features}, blocks {arch.blocks}"),
-            ("strides", arch.strides),
+            ("encoder", arch.kind),
+            ("features", listed(arch.features)),
+            ("blocks", listed(arch.blocks)),
+            ("strides", listed(arch.strides)),
             ("decoder", metadata.decoder and metadata.decoder.kind),
             ("stems", stems),
             ("default stem", metadata.stem_unless_named),
-            ("spacing (mm)", metadata.spacing_mm),
-            ("patch", metadata.patch_size),
-            ("normalization", metadata.normalization),
+            ("spacing (mm)", metadata.spacing_mm and by_axis(metadata.spacing_mm)),
+            ("patch", metadata.patch_size and by_axis(metadata.patch_size)),
+            ("normalization", schemes and "; ".join(scheme_words(scheme) for scheme in schemes)),
             ("license", metadata.license),
             *(("note", note) for note in self.notes),
             *(("please cite", citation) for citation in metadata.citations),
@@ -347,11 +350,16 @@ def _decoder(
         case DecoderConfig() as planned, DecoderConfig() if planned != seen:
             raise refusal(
                 file.path,
-                f"its decoder is not that of {facts.where}: plan {planned.convs_per_stage}, bias "
-                f"{planned.conv_bias}; weights {seen.convs_per_stage}, bias {seen.conv_bias}",
+                f"its decoder is not that of {facts.where}: plan {_convs(planned)}; "
+                f"weights {_convs(seen)}",
             )
         case _:
             return seen
+
+
+def _convs(decoder: DecoderConfig) -> str:
+    bias = "with" if decoder.conv_bias else "without"
+    return f"{listed(decoder.convs_per_stage)} convolutions per level {bias} bias"
 
 
 def _stems(

@@ -32,7 +32,6 @@ function `batches(first_pass, passes)` instead of the batches: see there. States
 thread; a body that ends the run early finds the last one on the disk behind `open_training`.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -58,7 +57,13 @@ from voxelbridge.core.train.estimate import (
     state_size,
 )
 from voxelbridge.core.train.metrics import Meter
-from voxelbridge.core.train.restart import Judgement, RestartRule, RestartWatch, scheme_of
+from voxelbridge.core.train.restart import (
+    RestartRule,
+    RestartWatch,
+    StartingPoint,
+    scheme_of,
+    verdict,
+)
 from voxelbridge.core.train.resume import (
     StopRequest,
     TrainingState,
@@ -67,7 +72,7 @@ from voxelbridge.core.train.resume import (
 from voxelbridge.core.train.run_files import RunFiles, restore
 from voxelbridge.core.train.schedule import Scheme, due
 from voxelbridge.core.train.settings import TrainingSettings
-from voxelbridge.core.train.steps import GRADIENT_NORM, StepResult, freeze, train_steps
+from voxelbridge.core.train.steps import GRADIENT_NORM, StepResult, train_steps
 
 DRY_STEPS = 2  # the first one warms up (memory, cuDNN's search, compiler), the second is measured
 LONG_STEP = 20.0  # seconds; a dry run on a CPU, which warms up little, leaves it at one such step
@@ -107,7 +112,7 @@ class Training:
         self._averager = Averager(averaging, objective, steps=settings.schedule.steps)
         self._rule = None if dry_run else restart
         self._watch = RestartWatch(restart) if restart else None
-        self._start = _Start(objective, optimizer) if self._rule else None
+        self._start = StartingPoint(objective, optimizer) if self._rule else None
         self._again = False  # the attempt under way has failed
         self._meter = Meter()
         self._files = files
@@ -297,7 +302,7 @@ class Training:
         if self._again:
             self._extra["restart"] = self.attempt + 1
         if self._world.is_main:
-            print(_verdict(self._rule, judgement, result.step, self.attempt), flush=True)
+            print(verdict(self._rule, judgement, result.step, self.attempt), flush=True)
 
     def _begin_again(self) -> None:
         """The weights of the start, a fresh optimizer, step 0 of the next attempt."""
@@ -418,44 +423,3 @@ def report_stop(training: Training) -> None:
         )
     if training.stopped_by == SIGINT.name:
         raise KeyboardInterrupt
-
-
-class _Start:
-    """The network and its optimizer as they were before the first step; the copy is on the CPU."""
-
-    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._trainable = [p for p in objective.parameters() if p.requires_grad]
-        self._weights = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in objective.state_dict().items()
-        }
-        self._optimizer = copy.deepcopy(optimizer.state_dict())
-
-    def restore(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts them back, to the bit; everything trains."""
-        freeze(objective, (), trainable=self._trainable)
-        optimizer.zero_grad(set_to_none=True)
-        objective.load_state_dict(self._weights)
-        optimizer.load_state_dict(copy.deepcopy(self._optimizer))
-
-
-def _verdict(rule: RestartRule, judgement: Judgement | None, step: int, attempt: int) -> str:
-    """What the restart rule says of an attempt, as one line."""
-    start = f"restart rule after step {step}: {rule.metric}"
-    if judgement is None:
-        return f"WARNING: {start} was not recorded twice; the attempt cannot be judged, going on"
-    values = (
-        f"{judgement.first:.4g} -> {judgement.last:.4g}, improvement {judgement.improvement:.3g} "
-        f"of {rule.min_improvement:g} asked for"
-    )
-    if judgement.sufficient:
-        return f"{start} {values}: enough, going on"
-    if attempt < rule.max_restarts:
-        return (
-            f"{start} {values}: RESTART {attempt + 1} of at most {rule.max_restarts} from the "
-            f"initial weights, {rule.warmup_steps:,} steps of warm-up to {rule.lr:g}"
-        )
-    return (
-        f"WARNING: {start} {values}: still too little after {attempt} restarts, the bound; going "
-        "on, but this training has probably failed"
-    )

@@ -108,7 +108,7 @@ class TensorBoard:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "--tensorboard: tensorboard is not installed; install the extra [track]"
+                "--tensorboard: tensorboard is not installed; install voxelbridge-core[track]"
             ) from error
         self._writer = SummaryWriter(str(folder))
 

@@ -6,19 +6,21 @@ network to a learning rate of 1e-4. The rule is judged once per attempt, at a fi
 of all ranks; whatever a run was interrupted by, it decides the same.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from voxelbridge.core.config import Config
 from voxelbridge.core.train.averaging import EMA, NoAveraging, WeightAveraging, tail_of
 from voxelbridge.core.train.distributed import World
 from voxelbridge.core.train.metrics import Meter, mean_of_meters
 from voxelbridge.core.train.schedule import PolySchedule, Scheme
+from voxelbridge.core.train.steps import freeze
 
 TRAINING_LOSS = "loss"
 
@@ -125,6 +127,47 @@ class RestartWatch:
         for name, meter in self._windows.items():
             meter.load_state(state[name])
         self._values = [float(value) for value in state["values"]]
+
+
+class StartingPoint:
+    """The network and its optimizer as they were before the first step; the copy is on the CPU."""
+
+    def __init__(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._trainable = [p for p in objective.parameters() if p.requires_grad]
+        self._weights = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in objective.state_dict().items()
+        }
+        self._optimizer = copy.deepcopy(optimizer.state_dict())
+
+    def restore(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Puts them back, to the bit; everything trains."""
+        freeze(objective, (), trainable=self._trainable)
+        optimizer.zero_grad(set_to_none=True)
+        objective.load_state_dict(self._weights)
+        optimizer.load_state_dict(copy.deepcopy(self._optimizer))
+
+
+def verdict(rule: RestartRule, judgement: Judgement | None, step: int, attempt: int) -> str:
+    """What the restart rule says of an attempt, as one line."""
+    start = f"restart rule after step {step}: {rule.metric}"
+    if judgement is None:
+        return f"WARNING: {start} was not recorded twice; the attempt cannot be judged, going on"
+    values = (
+        f"{judgement.first:.4g} -> {judgement.last:.4g}, improvement {judgement.improvement:.3g} "
+        f"of {rule.min_improvement:g} asked for"
+    )
+    if judgement.sufficient:
+        return f"{start} {values}: enough, going on"
+    if attempt < rule.max_restarts:
+        return (
+            f"{start} {values}: RESTART {attempt + 1} of at most {rule.max_restarts} from the "
+            f"initial weights, {rule.warmup_steps:,} steps of warm-up to {rule.lr:g}"
+        )
+    return (
+        f"WARNING: {start} {values}: still too little after {attempt} restarts, the bound; going "
+        "on, but this training has probably failed"
+    )
 
 
 def scheme_of(
