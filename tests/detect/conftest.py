@@ -5,9 +5,13 @@ deltas in the same interleaving.
 """
 
 import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,3 +58,26 @@ def stubs() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Callable[[str], list[Any]]:  # Any: JSON values
+    """`two_ranks(script)` runs it under torchrun; what each rank wrote to FOLDER/RANK.json.
+
+    The script is given the folder of these tests, to import them, and FOLDER.
+    """
+
+    def run(script: str) -> list[Any]:
+        path = tmp_path / "rank.py"
+        path.write_text(script)
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", path, str(Path(__file__).parent), str(tmp_path),
+            ],
+            timeout=240, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+    return run

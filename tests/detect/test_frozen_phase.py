@@ -1,10 +1,7 @@
 """Both detectors in the phase with a frozen encoder: memory, one process, two ranks, resuming."""
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -156,18 +153,10 @@ with join_world("cpu") as world:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_two_ranks_agree_before_and_after_the_encoder_thaws(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            script, str(Path(__file__).parent), str(tmp_path),
-        ],
-        timeout=240, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+def test_two_ranks_agree_before_and_after_the_encoder_thaws(
+    two_ranks: Callable[[str], list[Any]],
+) -> None:
+    ranks = two_ranks(RANK)
     for preset in PRESETS:
         assert ranks[0][preset]["moved"] == [False, False, True, True]
         assert ranks[0][preset]["sums"] == ranks[1][preset]["sums"]

@@ -96,6 +96,20 @@ def test_a_bad_case_is_named_and_the_others_are_stored(
     assert "case3" not in held
 
 
+def test_missing_things_are_one_line_for_all_cases(
+    raw_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (raw_dataset / "labelsTr").glob("*.json"):
+        path.unlink()
+    expected = r"dataset\.json: no 'things', and none of 6 label maps .*\[\"cold\"\]$"
+    with pytest.raises(DataError, match=expected):
+        prepare(raw_dataset, tmp_path / "store", workers=0)
+    with pytest.raises(DataError, match=expected):
+        survey(raw_dataset, tmp_path / "store", parse_request("default"))
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "store").exists()
+
+
 def test_another_plan_on_an_existing_store_is_refused(raw_dataset: Path, tmp_path: Path) -> None:
     prepare(raw_dataset, tmp_path / "store", workers=0)
     with pytest.raises(ConfigError, match=r"another plan .*spacing_mm"):

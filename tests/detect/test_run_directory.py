@@ -10,7 +10,7 @@ from torch import nn
 from voxelbridge.core.errors import CheckpointError, ConfigError
 from voxelbridge.core.train.metrics import read_metrics
 from voxelbridge.detect.best import BestWeights
-from voxelbridge.detect.origins import describe_settings
+from voxelbridge.detect.origins import settings_of
 from voxelbridge.detect.plan import read_plan
 from voxelbridge.detect.predict_cases import predict_cases
 from voxelbridge.detect.prepare import prepare
@@ -107,14 +107,14 @@ def _check_contents(run: Path, store: Path) -> None:
     start = content("environment.json")["starts"][0]
     assert {"torch", "numpy", "SimpleITK", "blosc2", "voxelbridge-detect"} <= set(start["versions"])
     assert "code" in start
-    shown = describe_settings(str(run)).splitlines()
+    shown = settings_of(str(run)).describe().splitlines()
     assert "schedule.steps" in "".join(line for line in shown if line.endswith("(--set)"))
     with pytest.raises(ConfigError, match="--set and --store are for presets"):
-        describe_settings(str(run), ["seed=3"])
+        settings_of(str(run), ["seed=3"])
 
 
 def test_show_prints_every_setting_with_its_origin() -> None:
-    lines = describe_settings("retunet_small", ["optim.lr=0.5"]).splitlines()
+    lines = settings_of("retunet_small", ["optim.lr=0.5"]).describe().splitlines()
     found = {line.split(" =")[0].rstrip(): line for line in lines}
     assert found["optim.lr"].endswith("= 0.5  (--set)")
     assert found["encoder"].endswith('= "plain_small"  (preset)')

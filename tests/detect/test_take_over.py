@@ -80,7 +80,7 @@ def test_other_spacing_and_normalisation_are_one_line_each(tmp_path: Path, plan:
         "warning: spacing: the checkpoint was trained at 1 x 1 x 1 mm, the store has "
         "2.5 x 0.7 x 0.7 mm (z y x)",
         "warning: normalisation of channel MR: the checkpoint's stem main was trained with "
-        "zscore (nonzero_only False), the store has ct_percentile (lower -1000, upper 400, "
+        "zscore (nonzero_only no), the store has ct_percentile (lower -1000, upper 400, "
         "mean -20, std 120)",
     ]
     assert len(data_differences(read_checkpoint(init), other, stem=None)) == 1
@@ -98,6 +98,32 @@ def test_from_scratch_a_frozen_random_encoder_is_told(plan: Plan) -> None:
     assert "--set schedule.frozen=none" in line
     (line,) = taken(None, plan, 'tune={"name": "linear"}').lines
     assert "--tune linear keeps the encoder's random weights" in line
+    (line,) = taken(None, plan, "transfer.stem=random", preset="retunet_small").lines
+    assert line.startswith("warning: no --init: transfer.stem of the preset says how a checkpoint")
+
+
+def test_an_encoder_of_another_depth_and_kernel_is_adapted_on_request(
+    tmp_path: Path, plan: Plan
+) -> None:
+    deeper = RESENC_SMALL.model_copy(
+        update={
+            "features": (*RESENC_SMALL.features, 64),
+            "strides": (*RESENC_SMALL.strides, (2, 2, 2)),
+            "kernels": ((1, 3, 3), *RESENC_SMALL.kernels[1:], (3, 3, 3)),
+            "blocks": (*RESENC_SMALL.blocks, 1),
+        }
+    )
+    init = checkpoint_file(tmp_path, arch=deeper)
+    with pytest.raises(CheckpointError, match=r"--set transfer\.adapt=true reconciles"):
+        taken(init, plan)
+    result = taken(init, plan, "transfer.adapt=true")
+    assert result.left_at_init == ()
+    adapted = result.report["adapted"]
+    assert any(line.startswith("stages.4: ") and "not used" in line for line in adapted)
+    assert any("zeros around along z" in line for line in adapted)
+    wider = RESENC_SMALL.model_copy(update={"features": (8, 16, 32, 48)})
+    with pytest.raises(CheckpointError, match=r"--set architecture=checkpoint builds it$"):
+        taken(checkpoint_file(tmp_path, arch=wider), plan, "transfer.adapt=true")
 
 
 def test_a_stem_that_stays_random_under_a_linear_tuning_is_told(tmp_path: Path, plan: Plan) -> None:

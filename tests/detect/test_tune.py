@@ -3,9 +3,9 @@
 import copy
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,18 +218,10 @@ with join_world("cpu") as world:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_two_ranks_have_the_same_updates_after_each_step(tmp_path: Path) -> None:
-    script = tmp_path / "rank.py"
-    script.write_text(RANK)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            script, str(Path(__file__).parent), str(tmp_path),
-        ],
-        timeout=240, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+def test_two_ranks_have_the_same_updates_after_each_step(
+    two_ranks: Callable[[str], list[Any]],
+) -> None:
+    ranks = two_ranks(RANK)
     assert ranks[0] == ranks[1]
 
 

@@ -9,7 +9,8 @@ import pytest
 from voxelbridge.core.command_line import run_app
 from voxelbridge.core.data.image_io import write_image
 from voxelbridge.core.data.volume import Grid, Volume
-from voxelbridge.detect.cli import ConvertSource, app
+from voxelbridge.detect.cli import app
+from voxelbridge.detect.cli_data import ConvertSource
 from voxelbridge.detect.convert.run import OPTIONS, Source
 
 

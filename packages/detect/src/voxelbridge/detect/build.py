@@ -174,6 +174,20 @@ def with_arguments(
     return [*before, *overrides, *after]
 
 
+def require_checkpoint(init: Path | None, overrides: Sequence[str], *, stem: str | None) -> None:
+    """ConfigError where a command says how a checkpoint is taken over, and names none."""
+    if init is not None:
+        return
+    given = [f"--set {text}" for text in overrides if text.startswith(("transfer.", "transfer="))]
+    if stem is not None:
+        given.insert(0, f"--stem {stem}")
+    if given:
+        raise ConfigError(
+            f"{given[0]}: says how a checkpoint is taken over, and there is none; name it with "
+            f"--init, or leave {given[0]} out"
+        )
+
+
 def head_strides(config: DetectConfig) -> tuple[Triple, ...]:
     """Voxels per cell of the maps that the detector reads, finest first."""
     strides = cumulative_strides(encoder_config(config).strides)
@@ -195,7 +209,8 @@ def _with_checkpoint(
     if init is None:
         raise ConfigError(
             f'{preset}: architecture = "checkpoint" takes the stages of a checkpoint; name it with '
-            "--init"
+            "--init, which `vb-detect train` and `cross-validate` have, or take "
+            "architecture=preset"
         )
     arch = read_checkpoint(init).metadata.arch
     stages = {key: getattr(arch, key) for key in PlannedStages.model_fields}

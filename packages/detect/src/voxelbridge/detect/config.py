@@ -38,6 +38,8 @@ class Transfer(Config):
     stem: str = "checkpoint"  # or random, replicate, the name of a stem; see `transfer_encoder`
     # Tensors, or their beginnings up to a dot, that may differ or be missing; "strides".
     allow: tuple[str, ...] = ()
+    # Reconciles depth, kernels of 1 and 3, biases and strides of the encoder, and reports each.
+    adapt: bool = False
 
 
 class FullTuning(Config):

@@ -6,6 +6,7 @@ together; figures with it are of the cases that it was chosen on, so those with 
 before are written beside them.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +98,11 @@ def train_folds(
             "cross-validate trains in one process; under torchrun, train each fold with "
             "`vb-detect train --fold K` and test them with `vb-detect out-of-fold`"
         )
+    _check_folder(out)
     splits = read_splits(store)
     chosen = _chosen_folds(store, splits, folds)
     given = with_arguments(preset, overrides, stem=stem, init_parts=init_parts, tune=tune)
-    config = load_detect_config(preset, given, plan=read_plan(store))
+    config = load_detect_config(preset, given, plan=read_plan(store), init=init)
     facts = {"store": CaseStore.open(store).digest, "init": sha256_of(init) if init else None}
     runs = []
     for fold in chosen:
@@ -141,6 +143,7 @@ def out_of_fold(
     run; without, each run keeps its own. Raises ConfigError for runs that are not different folds
     of one store. A case that fails is told on stderr and left out.
     """
+    _check_folder(out)
     cases = predict_held_out(
         runs, store=store, num_mirrorings=num_mirrorings, weights=weights, device=device,
         one_each=True,
@@ -231,8 +234,19 @@ def parse_folds(text: str | None) -> list[int] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ConfigError(f"--folds {text}: expected numbers such as 0,1,2 or 0-4")
+        if int(last or first) < int(first):
+            raise ConfigError(f"--folds {part.strip()}: goes down; write {last}-{first}")
         folds += range(int(first), int(last or first) + 1)
     return folds
+
+
+def _check_folder(out: Path) -> None:
+    """Told before hours of work: DataError where `out` cannot become a folder to write to."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise DataError(f"--out {out}: {nearest} is a file; name another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DataError(f"--out {out}: {nearest} may not be written to; name another folder")
 
 
 def _chosen_folds(store: Path, splits: Sequence[Split], folds: Sequence[int] | None) -> list[int]:

@@ -69,15 +69,13 @@ def read_run(path: Path, *, weights: Which) -> HeldOutRun:
         advice = "take --weights last" if weights == "best" else "train the run first"
         raise CheckpointError(f"{path}: no {file_of(path, weights).name}; {advice}")
     try:
-        arguments = read_json(path / ENVIRONMENT_FILE)["starts"][-1]["arguments"]
-        recorded = arguments.get("store")
         return HeldOutRun(
             path=path,
             fold=int(data["fold"]),
             cases=tuple(data["val"]),
             trained_on=frozenset(data["train"]),
             store_digest=str(data["store"]),
-            store=Path(recorded) if recorded else None,
+            store=_recorded_store(path),
             weights=weights,
             weights_sha256=stored.sha256,
             config=config,
@@ -87,6 +85,14 @@ def read_run(path: Path, *, weights: Which) -> HeldOutRun:
         raise DataError(
             f"{path}: {DATA_FILE} or {ENVIRONMENT_FILE} is damaged ({error!r})"
         ) from error
+
+
+def recorded_store(path: Path) -> Path | None:
+    """Where the store of the run at `path` lay at its last start; None where nothing tells."""
+    try:
+        return _recorded_store(path)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
 
 
 def runs_by_case(
@@ -120,6 +126,11 @@ def runs_by_case(
             + "; take runs on different folds"
         )
     return {case: tuple(found[case]) for case in sorted(found)}
+
+
+def _recorded_store(path: Path) -> Path | None:
+    recorded = read_json(path / ENVIRONMENT_FILE)["starts"][-1]["arguments"].get("store")
+    return Path(recorded) if recorded else None
 
 
 def _open_store(run: HeldOutRun, given: Path | None) -> CaseStore:

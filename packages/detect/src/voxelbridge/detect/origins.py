@@ -54,21 +54,21 @@ def write_origins(
     write_json(path, origins.model_dump(mode="json", by_alias=True))
 
 
-def describe_settings(
+def settings_of(
     preset_or_run: str, overrides: Sequence[str] = (), *, store: Path | None = None
-) -> str:
-    """Every setting of a preset, or of a run directory, with its origin; one line each."""
+) -> Resolved[DetectConfig]:
+    """Every setting of a preset, or of a run directory, with its origin."""
     folder = Path(preset_or_run)
     if (folder / CONFIG_FILE).is_file():
         if overrides or store:
             raise ConfigError(
                 f"{folder}: a run has its settings; --set and --store are for presets"
             )
-        return _of_run(folder).describe()
+        return _of_run(folder)
     from voxelbridge.detect.plan import read_plan
 
     plan = read_plan(store) if store else None
-    return resolve_detect_config(preset_or_run, overrides, plan=plan).describe()
+    return resolve_detect_config(preset_or_run, overrides, plan=plan)
 
 
 def _of_run(run: Path) -> Resolved[DetectConfig]:

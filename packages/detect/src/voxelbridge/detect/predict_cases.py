@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from voxelbridge.core.data.executor import Done, Failed, map_cases
 from voxelbridge.core.data.image_cases import ImageCase, ImageCases, find_image_cases
@@ -94,6 +95,7 @@ def predict_cases(
     outputs = Outputs(max_boxes=max_markups, pictures=pictures, dicom_sr=dicom_sr)
     if dicom_sr:
         check_extra()
+    target = choose_device(device)
     ensemble = load_ensemble(runs, weights=weights)
     found = find_image_cases(images, num_channels=len(ensemble.plan.channel_names), allow=allow)
     for line in found.refused:
@@ -116,7 +118,7 @@ def predict_cases(
         _note_other_images(waiting, outputs)
         errors = _predict(
             ensemble, waiting, out, outputs,
-            device=device, num_mirrorings=num_mirrorings, min_score=min_score,
+            device=target, num_mirrorings=num_mirrorings, min_score=min_score,
         )  # fmt: skip
         written = finish(out, settings, found, errors)
     _report(found, errors, len(waiting), len(written), out)
@@ -162,14 +164,13 @@ def _predict(
     out: Path,
     outputs: Outputs,
     *,
-    device: DeviceChoice,
+    device: torch.device,
     num_mirrorings: int,
     min_score: float,
 ) -> dict[str, str]:
     """Predicts and writes `waiting`; returns why cases failed, each told on stderr."""
-    target = choose_device(device)
     for detector, config in ensemble.detectors:
-        place(detector, target, config.precision)
+        place(detector, device, config.precision)
     errors: dict[str, str] = {}
     outcomes = map_cases(
         partial(read_case, ensemble.plan, out, picture=outputs.pictures),
@@ -186,7 +187,7 @@ def _predict(
                 case Done(value=read):
                     with ScratchArray(read.image) as image:
                         result = predict_volume(
-                            ensemble.detectors, image, device=target, num_mirrorings=num_mirrorings
+                            ensemble.detectors, image, device=device, num_mirrorings=num_mirrorings
                         )
                     boxes = to_original(result, read.mapping, min_score=min_score)
                     _write_case(out, case, boxes, read, ensemble, outputs)

@@ -117,6 +117,7 @@ def prepare(
     """
     request = request or parse_request(rule, spacing_mm=spacing_mm)
     raw = RawDataset.open(dataset)
+    raw.require_things()
     cases = [case for case in raw.cases if only is None or case.case_id in only]
     with open_executor(executor) as opened:
         return _prepare(raw, cases, store, request, _Work(workers, opened))

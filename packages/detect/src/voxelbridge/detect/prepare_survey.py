@@ -51,6 +51,7 @@ class Survey:
 def survey(dataset: Path, store: Path, request: PlanRequest) -> Survey:
     """Counts cases and estimates the size of what is not done yet."""
     raw = RawDataset.open(dataset)
+    raw.require_things()
     done = stored_names(store)
     waiting = [case for case in raw.cases if case.case_id not in done]
     sample = HeaderSample.read(waiting)

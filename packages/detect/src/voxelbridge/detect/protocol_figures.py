@@ -133,9 +133,9 @@ def _panel(ax: Any, protocol: str, rows: Sequence[OwnScore | Published]) -> None
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlim(0, 100)
     none = not any(isinstance(each, Published) for each in rows)
-    note = " (no published score as text)" if none else ""
-    ax.set_title(f"{PROTOCOLS.get(protocol, protocol)}{note}", fontsize=9, loc="left")
-    ax.set_xlabel("percent", fontsize=7)
+    note = "; no published score as text" if none else ""
+    ax.set_title(PROTOCOLS.get(protocol, protocol), fontsize=9, loc="left")
+    ax.set_xlabel(f"percent{note}", fontsize=7)
     ax.tick_params(axis="x", labelsize=7, length=2)
     ax.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):

@@ -9,13 +9,14 @@ from typing import Any
 from voxelbridge.core.errors import ConfigError
 from voxelbridge.core.files import atomic_write, write_json
 from voxelbridge.detect.rank_bootstrap import parse_measure
-from voxelbridge.detect.rank_figures import draw_overall, draw_per_dataset
+from voxelbridge.detect.rank_figures import draw_overall, draw_per_dataset, measure_text
 from voxelbridge.detect.rank_tables import TABLE_MEASURE, collect, method_names
 from voxelbridge.detect.ranking import Ranking, baselines, rank, ranking_rows
 
 SCHEMA = 1
 CSV_NAME = "ranking.csv"
 JSON_NAME = "ranking.json"
+OVERALL, PER_DATASET = "ranks_", "ranks_per_dataset_"  # figures, followed by the measure
 USUAL_MEASURES = ("map_0.10", "froc_0.10")
 
 
@@ -74,9 +75,16 @@ def write_ranking(
         temporary.write_text(ranking_csv(rankings), encoding="utf-8", newline="")
     write_json(written[1], ranking_json(rankings, facts=facts))
     for measure, ranking in rankings.items():
-        written += draw_overall(output / f"ranks_{measure}", ranking, measure, others=rankings)
-        written += draw_per_dataset(output / f"ranks_per_dataset_{measure}", ranking, measure)
+        written += draw_overall(output / f"{OVERALL}{measure}", ranking, measure, others=rankings)
+        written += draw_per_dataset(output / f"{PER_DATASET}{measure}", ranking, measure)
     return written
+
+
+def figure_caption(stem: str) -> str:
+    """What a figure that `write_ranking` calls `stem` shows."""
+    if stem.startswith(PER_DATASET):
+        return f"Ranks on each data set by {measure_text(stem.removeprefix(PER_DATASET))}"
+    return f"Ranks over all data sets by {measure_text(stem.removeprefix(OVERALL))}"
 
 
 def ranking_csv(rankings: Mapping[str, Ranking]) -> str:

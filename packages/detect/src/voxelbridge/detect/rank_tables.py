@@ -16,6 +16,7 @@ import numpy as np
 
 from voxelbridge.core.errors import DataError
 from voxelbridge.detect.evaluate.bootstrap import draws
+from voxelbridge.detect.evaluate.tables import read_text
 from voxelbridge.detect.rank_bootstrap import Collected, Entry, Measure, bootstrap
 from voxelbridge.detect.ranking import Values
 
@@ -166,15 +167,9 @@ def _form(path: Path, header: Sequence[str]) -> Form:
 
 
 def _fields(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text; save the table as UTF-8 CSV") from error
     header: list[str] | None = None
     body: list[tuple[int, list[str]]] = []
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for fields in reader:
             values = [each.strip() for each in fields]

@@ -148,12 +148,20 @@ def _training(arms: Sequence[Arm], pretraining_records: Sequence[Mapping[str, An
         parts.append("<h3>Pre-training</h3>")
         parts.append(training_charts(pretraining_records))
     parts.append("<h3>Fine-tuning</h3>")
-    figures = validation_charts([(arm.name, arm.records) for arm in arms])
+    curves = [curve for arm in arms for curve in _trainings(arm, alone=len(arms) == 1)]
+    figures = validation_charts(curves)
     if figures:
         parts.append(f"<h4>Validation</h4>{figures}<h4>Losses</h4>")
-    losses = [(arm.name, without_validation_figures(arm.records)) for arm in arms]
+    losses = [(name, without_validation_figures(records)) for name, records in curves]
     parts.append(loss_charts(losses))
     return "".join(parts)
+
+
+def _trainings(arm: Arm, *, alone: bool) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
+    """The records of the arm's run, or of every fold's."""
+    prefix = "" if alone else f"{arm.name} "
+    folds = [(f"{prefix}{name}", records) for name, records in arm.folds.items()]
+    return folds or [(arm.name, arm.records)]
 
 
 def _errors(

@@ -1,7 +1,7 @@
 """What became of every prediction and every object: hit, missed, false and why; the worst first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,8 @@ class Arm:
     """One evaluated detector: its training records and what it found in which cases.
 
     `records` are the lines of metrics.jsonl, `metrics` the metrics.json object; `cases` name the
-    rows that the tables' `case_index` counts.
+    rows that the tables' `case_index` counts. `folds`: the records of each run where several
+    tested the cases.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Arm:
     cases: Sequence[str]
     ground_truth: BoxTable
     predictions: BoxTable
+    folds: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

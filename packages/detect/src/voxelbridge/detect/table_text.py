@@ -97,11 +97,16 @@ def to_html(table: TextTable) -> str:
         for title, span in table.groups
     )
     top = f"<tr>{groups}</tr>" if any(title for title, _ in table.groups) else ""
-    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in table.heads)
+    name_class = [' class="text"' if i < table.num_names else "" for i in range(len(table.heads))]
+    heads = "".join(
+        f'<th scope="col"{kind}>{escape(head)}</th>'
+        for head, kind in zip(table.heads, name_class, strict=True)
+    )
     body = []
     for row in _shown_once(table):
         names = "".join(
-            f'<th scope="row">{escape(cell.text)}</th>' for cell in row[: table.num_names]
+            f'<th scope="row" class="text">{escape(cell.text)}</th>'
+            for cell in row[: table.num_names]
         )
         cells = "".join(f"<td>{_html_cell(cell)}</td>" for cell in row[table.num_names :])
         body.append(f"<tr>{names}{cells}</tr>")

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from voxelbridge.core.arch.config import UFPNConfig
 from voxelbridge.core.checkpoint import Checkpoint, read_checkpoint
+from voxelbridge.core.config import differing_keys
 from voxelbridge.core.errors import CheckpointError, ConfigError
 from voxelbridge.core.train.schedule import PolySchedule
 from voxelbridge.core.transfer import (
@@ -18,6 +19,7 @@ from voxelbridge.core.transfer import (
     transfer_decoder,
     transfer_encoder,
 )
+from voxelbridge.core.wording import by_axis, scheme_words
 from voxelbridge.detect.build import Detector
 from voxelbridge.detect.config import DetectConfig, LinearTuning, LowRankTuning, Transfer
 from voxelbridge.detect.plan import Plan
@@ -54,12 +56,18 @@ def take_over(
     allowed = _Allowances.of(transfer, checkpoint, detector)
     try:
         report = transfer_encoder(
-            checkpoint, detector.encoder, stem=transfer.stem, allow=allowed.encoder
+            checkpoint,
+            detector.encoder,
+            stem=transfer.stem,
+            allow=allowed.encoder,
+            adapt=transfer.adapt,
         )
     except CheckpointError as error:
         if checkpoint.metadata.arch == detector.encoder.config:
             raise
-        raise CheckpointError(f"{error}; --set architecture=checkpoint builds it") from error
+        other = "" if transfer.adapt else ", --set transfer.adapt=true reconciles what can be"
+        advice = f"--set architecture=checkpoint builds it{other}"
+        raise CheckpointError(f"{error}; {advice}") from error
     decoder = None
     if transfer.parts == "encoder+decoder":
         assert isinstance(detector, RetinaUNet)  # told to the user before anything was built
@@ -80,6 +88,7 @@ def take_over(
             "metadata": checkpoint.metadata.model_dump(mode="json", by_alias=True),
             "stem": {"policy": transfer.stem, "taken": stem},
             **_fates(report),
+            "adapted": [difference.describe() for difference in report.adapted],
             "decoder": None if decoder is None else _fates(decoder),
             "warnings": warnings,
         },
@@ -111,7 +120,8 @@ def data_differences(checkpoint: Checkpoint, plan: Plan, *, stem: str | None) ->
         if _differ(scheme, here):
             lines.append(
                 f"warning: normalisation of channel {plan.channel_names[index]}: the checkpoint's "
-                f"stem {stem} was trained with {_words(scheme)}, the store has {_words(here)}"
+                f"stem {stem} was trained with {scheme_words(scheme)}, the store "
+                f"has {scheme_words(here)}"
             )
     return lines
 
@@ -144,6 +154,17 @@ class _Allowances:
 
 
 def _warnings_from_scratch(config: DetectConfig) -> list[str]:
+    lines = _warnings_of_random_weights(config)
+    unused = differing_keys(Transfer(), config.transfer)
+    if unused:
+        lines.append(
+            f"warning: no --init: transfer.{unused[0].partition(':')[0]} of the preset says how a "
+            "checkpoint is taken over; without one it means nothing"
+        )
+    return lines
+
+
+def _warnings_of_random_weights(config: DetectConfig) -> list[str]:
     if isinstance(config.tune, LinearTuning | LowRankTuning):
         return [
             f"warning: no --init: --tune {config.tune.name} keeps the encoder's random weights for "
@@ -206,15 +227,5 @@ def _differ(theirs: Mapping[str, JsonValue], ours: Mapping[str, JsonValue]) -> b
     return False
 
 
-def _words(scheme: Mapping[str, JsonValue]) -> str:
-    figures = [
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in scheme.items()
-        if key != "name"
-    ]
-    name = str(scheme.get("name", "an unnamed scheme"))
-    return f"{name} ({', '.join(figures)})" if figures else name
-
-
 def _mm(spacing: Sequence[float]) -> str:
-    return " x ".join(f"{edge:g}" for edge in spacing) + " mm"
+    return f"{by_axis(spacing)} mm"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from voxelbridge.core.errors import DataError
+from voxelbridge.detect.evaluate.tables import read_text
 
 # Names are compared in lower case without anything but letters and digits.
 CASE = (
@@ -54,11 +55,8 @@ def read_table(path: Path) -> Table:
     Each row is an object; a row with a case and all its numbers empty says that the case has none.
     DataError naming file and line (the header is line 1) of what cannot be used.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-    header_line = text.split("\n", 1)[0]
+    text = read_text(path)
+    header_line = re.split(r"[\r\n]", text, maxsplit=1)[0]
     delimiter = max(DELIMITERS, key=header_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     header = next(reader, None)

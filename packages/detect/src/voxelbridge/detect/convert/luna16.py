@@ -1,6 +1,7 @@
 """LUNA16 from its download: MetaImage scans in ten subsets, nodules as spheres in world space."""
 
 import csv
+import io
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from voxelbridge.detect.convert.raw_writer import (
     SplitName,
     token_of,
 )
+from voxelbridge.detect.evaluate.tables import read_text
 
 NUM_SUBSETS = 10
 COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
@@ -92,24 +94,20 @@ def subset_folds(subsets: Mapping[str, int], *, test_subset: int) -> list[dict[s
 def read_nodules(path: Path) -> dict[str, Spheres]:
     """Spheres of each series UID, in the table's order. DataError naming the line of a bad row."""
     rows: dict[str, list[list[float]]] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-                raise DataError(f"{path}: no column {', '.join(missing)}")
-            for row in reader:
-                try:
-                    values = [float(row[name]) for name in COLUMNS[1:]]
-                except (TypeError, ValueError) as error:
-                    raise DataError(f"{path}: line {reader.line_num}: not a number") from error
-                if not (np.isfinite(values).all() and values[3] > 0):
-                    raise DataError(
-                        f"{path}: line {reader.line_num}: expected finite numbers and a positive "
-                        f"diameter, got {values}"
-                    )
-                rows.setdefault(row["seriesuid"], []).append(values)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); it belongs to the download") from error
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+        raise DataError(f"{path}: no column {', '.join(missing)}")
+    for row in reader:
+        try:
+            values = [float(row[name]) for name in COLUMNS[1:]]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: line {reader.line_num}: not a number") from error
+        if not (np.isfinite(values).all() and values[3] > 0):
+            raise DataError(
+                f"{path}: line {reader.line_num}: expected finite numbers and a positive "
+                f"diameter, got {values}"
+            )
+        rows.setdefault(row["seriesuid"], []).append(values)
     return {uid: np.array(values) for uid, values in rows.items()}
 
 

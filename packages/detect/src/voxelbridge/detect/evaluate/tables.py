@@ -212,9 +212,23 @@ def _is_finite_number(text: str) -> bool:
         return False
 
 
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a table or a list, without a byte order mark; DataError if it has none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise line_error(path, line, "not UTF-8 text; save it as UTF-8") from error
+
+
 def read_rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, list[str]]]:
     """Line number and the fields of `columns` of every row after the header."""
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     rows: list[tuple[int, list[str]]] = []
     picks: list[int] | None = None
     header: list[str] = []
@@ -256,19 +270,6 @@ def _columns(path: Path, header: list[str], columns: tuple[str, ...]) -> list[in
             f"expected {','.join(columns)}",
         )
     return [header.index(name) for name in columns]
-
-
-def _text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    content = content.removeprefix(_BYTE_ORDER_MARK)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise line_error(path, line, "not UTF-8 text; save the table as UTF-8 CSV") from error
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: Sequence[Sequence[object]]) -> None:

@@ -524,7 +524,7 @@
     for (const label of labels.reverse()) {
       const node = shape("text", { class: label.kind, x: 0, y: 0 }, overlay);
       node.textContent = label.text;
-      const long = label.text.length * 7.8;
+      const long = (node.getComputedTextLength() || label.text.length * 7.8) + 4; // 0 before it is shown
       const x = clamp(label.left, 2, Math.max(2, px.width - long));
       let y = clamp(label.y, 12, px.height - 4);
       for (let tries = 0; tries < 12; tries += 1) {

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from voxelbridge.core.data.cluster import LOCAL
+from voxelbridge.core.data.cluster import DASK, LOCAL
 from voxelbridge.core.errors import ConfigError
 from voxelbridge.core.train.distributed import DeviceChoice
 from voxelbridge.detect.study.config import read_study
@@ -28,9 +28,8 @@ def run(
     dry_run: bool,
 ) -> None:
     """Works the study off, gives it to a queue, or tells what would be done."""
+    cards = _cards(gpus, executor)
     plan = plan_jobs(read_study(study))
-    if gpus is not None and executor != LOCAL:
-        raise ConfigError(f"--gpus: for --executor {LOCAL} alone; the cluster gives out its own")
     if dry_run:
         print(describe_jobs(plan))
         if executor == SLURM:
@@ -44,7 +43,6 @@ def run(
             f"`vb-detect study status {study}` shows them"
         )
         return
-    cards = tuple(part.strip() for part in gpus.split(",")) if gpus else ()
     slots = len(cards) or jobs
     # Several networks on one machine's cores: each takes its part of them.
     threads = max(1, (os.cpu_count() or 1) // slots) if executor == LOCAL and slots > 1 else None
@@ -70,3 +68,18 @@ def report(study: str, output: Path | None, *, compare: str | None, samples: int
     out = output or plan.study.folder / "report"
     for line in write_report(plan, out, with_paper=compare == "paper", samples=samples):
         print(line)
+
+
+def _cards(gpus: str | None, executor: str) -> tuple[str, ...]:
+    """The GPUs that --gpus names; ConfigError where it or --executor cannot be meant so."""
+    if executor not in (LOCAL, SLURM) and not executor.startswith(DASK):
+        raise ConfigError(f"--executor {executor}: expected {LOCAL}, {DASK}ADDRESS or {SLURM}")
+    if gpus is None:
+        return ()
+    if executor != LOCAL:
+        raise ConfigError(f"--gpus: for --executor {LOCAL} alone; the cluster gives out its own")
+    cards = tuple(part.strip() for part in gpus.split(","))
+    for card in cards:
+        if not (card.isdigit() or card.startswith(("GPU-", "MIG-"))):
+            raise ConfigError(f"--gpus {gpus}: expected numbers such as 0,1,2, got {card!r}")
+    return cards

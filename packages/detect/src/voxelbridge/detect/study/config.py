@@ -1,5 +1,6 @@
 """STUDY.toml: the whole experiment matrix as typed fields; the format: docs/formats/study.md."""
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -250,8 +251,10 @@ def read_study(name_or_path: str) -> Study:
         source = Path(name_or_path)
         base = source.resolve().parent
         if not source.is_file():
+            near = difflib.get_close_matches(name_or_path, shipped, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(
-                f"study {name_or_path}: no such file; shipped are {', '.join(shipped)}"
+                f"study {name_or_path}: no such file; {hint}shipped are {', '.join(shipped)}"
             )
     return Study(load_config(StudyConfig, source).config, source, base)
 

@@ -19,7 +19,7 @@ from voxelbridge.detect.paper_comparison import (
     comparison_text,
 )
 from voxelbridge.detect.paper_results import load_paper
-from voxelbridge.detect.rank_files import write_ranking
+from voxelbridge.detect.rank_files import figure_caption, write_ranking
 from voxelbridge.detect.study.jobs import Plan
 from voxelbridge.detect.study.markers import Markers
 from voxelbridge.detect.study_cells import CellResult, read_cells
@@ -128,6 +128,5 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _figures(pictures: Sequence[Path]) -> str:
-    return "".join(
-        png_figure(path, path.stem.replace("_", " "), alt=path.stem) for path in pictures
-    )
+    captions = [(path, figure_caption(path.stem)) for path in pictures]
+    return "".join(png_figure(path, caption, alt=caption) for path, caption in captions)

@@ -27,6 +27,7 @@ from voxelbridge.detect.evaluate.tables import (
     line_error,
     read_cases,
     read_rows,
+    read_text,
 )
 
 UNKNOWN_DIAMETER_MM = 10.0  # stands for a negative one
@@ -165,13 +166,9 @@ def read_scans(path: Path, *, key: Callable[[str], str] = str) -> dict[str, int]
 
     A name listed twice, a header, more than one column and an empty list are DataErrors.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     scans: dict[str, int] = {}
     places: dict[str, int] = {}
-    for line, text in enumerate(lines, start=1):
+    for line, text in enumerate(read_text(path).splitlines(), start=1):
         name = text.strip().strip('"')
         if not name:
             continue
