@@ -9,13 +9,13 @@ alternate; printed are medians.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
+from stopwatch import DeviceName, Threads, now
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -124,19 +124,13 @@ def one_step(
     before = torch.cuda.memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    start = _now(value)
+    start = now(value.device)
     out = side(value, shapes, locations, weights)
-    middle = _now(value)
+    middle = now(value.device)
     out.backward(torch.ones_like(out))
-    end = _now(value)
+    end = now(value.device)
     peak = torch.cuda.max_memory_allocated() - before if on_gpu else 0
     return middle - start, end - middle, peak
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -144,10 +138,10 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.empty(GIB // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    start = _now(source)
+    start = now(source.device)
     for _ in range(10):
         target.copy_(source)
-    return 10 * 2 * GIB / (_now(source) - start)
+    return 10 * 2 * GIB / (now(source.device) - start)
 
 
 def describe(title: str, costs: dict[str, Cost]) -> str:
@@ -164,9 +158,9 @@ def describe(title: str, costs: dict[str, Cost]) -> str:
 
 
 def main(
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: DeviceName = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes: does it run?")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Deformable attention, ours against grid_sample per level."""
     place = torch.device(device)

@@ -10,15 +10,15 @@ time of a step. Needs torch, and triton on a GPU; without scipy a greedy matchin
 
 import importlib.util
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from stopwatch import DeviceName, Threads, now, prepare_device
 from torch import Tensor
 
 from voxelbridge.core.train.distributed import World
@@ -107,9 +107,9 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     for _ in range(repeats):
-        start = _now(device)
+        start = now(device)
         next(results)
-        seconds.append(_now(device) - start)
+        seconds.append(now(device) - start)
     return Cost(
         statistics.median(seconds),
         torch.cuda.max_memory_allocated(device) if on_gpu else 0,
@@ -128,22 +128,19 @@ def describe(name: str, full: Cost, frozen: Cost) -> str:
 
 
 def bench(
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: DeviceName = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Small presets: does it run?")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Steps measured.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Training steps of RetUNet, ResEnc-RetUNet, DefDETR and ResEnc-DefDETR."""
-    place_ = torch.device(device)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True
+    place_ = prepare_device(device, threads=threads)
     small = quick or device == "cpu"
     if importlib.util.find_spec("scipy") is None:
         detr_criterion.cheapest_pairs = _greedy_pairs
         print("scipy is not installed: objects are matched greedily")
     columns = ["detector", "step", "step, encoder frozen"]
     if device == "cuda":
-        print(f"{torch.cuda.get_device_name(place_)}, torch {torch.__version__}")
         columns += ["peak: tensors / reserved", "the same, encoder frozen", "paper"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
     for name in PAPER_GB:
@@ -177,12 +174,6 @@ def _greedy_pairs(cost: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray
 
 def _verdict(cost: Cost, paper_gb: int) -> str:
     return "kept" if cost.reserved <= paper_gb * GB else "exceeded"
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from stopwatch import DeviceName, Threads, now, prepare_device
 from torch import nn
 
 from voxelbridge.core.arch.encoder import build_encoder
@@ -185,13 +186,13 @@ def _step(
 ) -> None:
     batch = {name: value for name, value in batch.items() if name != "failed"}
     batch = move(batch, device)
-    start = _now(device)
+    start = now(device)
     with autocast(device, precision):
         loss = network(batch)["total"]
-    middle = _now(device)
+    middle = now(device)
     loss.backward()
     cost.forward.append(middle - start)
-    cost.backward.append(_now(device) - middle)
+    cost.backward.append(now(device) - middle)
 
 
 def _idle(
@@ -244,25 +245,15 @@ def _memory(device: torch.device) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def bench(
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: DeviceName = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="A tiny network: does it run?")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Steps measured of each method.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Steps of MAE, S3D, Models Genesis and VoCo at one network and crop."""
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True
-    place_ = torch.device(device)
+    place_ = prepare_device(device, threads=threads)
     settings = QUICK if quick else GPU if device == "cuda" else CPU
-    if device == "cuda":
-        print(f"{torch.cuda.get_device_name(place_)}, torch {torch.__version__}")
     columns = "network, crop, batch|method|loading|forward|backward|step / MAE's|memory|idle"
     print("| " + columns.replace("|", " | ") + " |\n" + "|---" * 8 + "|", flush=True)
     for setting in settings:

@@ -11,12 +11,12 @@ torch, numpy, safetensors, pydantic and typer alone.
 """
 
 import statistics
-import time
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
+from stopwatch import DeviceName, Threads, now, prepare_device
 
 from voxelbridge.core.arch.config import DecoderConfig
 from voxelbridge.core.arch.presets import RESENC_L, RESENC_SMALL
@@ -88,15 +88,13 @@ def training(
 
 
 def bench(
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
+    device: DeviceName = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: does it run?")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Steps measured of each.")] = 15,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
+    threads: Threads = 1,
 ) -> None:
     """Steps with six stems and heads, and with one, in turn."""
-    place_ = torch.device(device)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = True
+    place_ = prepare_device(device, threads=threads)
     small = quick or device == "cpu"
     edge = 16 if quick else 48 if small else 128
     size = DATASETS  # each data set once in a batch
@@ -110,26 +108,18 @@ def bench(
     for step in range(WARM_UP + repeats):
         order = (0, 1) if step % 2 else (1, 0)  # neither always follows the other
         for which in order:
-            start = _now(place_)
+            start = now(place_)
             next(runs[which])
             if step >= WARM_UP:
-                seconds[which].append(_now(place_) - start)
+                seconds[which].append(now(place_) - start)
     one, many = (statistics.median(times) for times in seconds)
     ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-    if device == "cuda":
-        print(f"{torch.cuda.get_device_name(place_)}, torch {torch.__version__}")
     network = "ResEnc-L" if not small else "small"
     print(f"{network} U-Net, {size} patches of {edge}^3, {repeats} steps each")
     print("| stems and heads | step |\n|---|---|")
     print(f"| 1 | {one * 1e3:,.1f} ms |\n| {DATASETS} | {many * 1e3:,.1f} ms |")
     verdict = "kept" if ratio <= LIMIT else "exceeded"
     print(f"ratio {ratio:.3f}, at most {LIMIT}: {verdict}")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":
