@@ -46,7 +46,7 @@ MODULES = {
 }
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")  # to pages and to pictures
 LANGUAGES = {"python", "bash", "sh", "text", "json", "toml", "csv", ""}
 SHELL_STOPS = {"&&", "||", ";", "|", "&", ">", ">>", "2>"}
 
