@@ -31,6 +31,7 @@ bench_multitalent.bench(device="cpu", quick=True, repeats=1, threads=1)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gpu_benchmarks_run_without_the_libraries_that_read_files() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(TOOLS), ",".join(ABSENT)],

@@ -249,6 +249,7 @@ def damage_all(shared: Path, root: Path) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_check_and_prepare_name_every_damaged_file_and_keep_every_good_one(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

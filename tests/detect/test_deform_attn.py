@@ -74,7 +74,10 @@ def test_torch_path_gives_the_golden_vectors(shared: Path, name: str) -> None:
         np.testing.assert_allclose(tensor.numpy(), golden[key], atol=1e-12, err_msg=key)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    "name",  # the interpreter takes most of a minute for the second
+    ["c01_hand", pytest.param("c02_multilevel", marks=pytest.mark.long), "c05_odd_dims"],
+)
 def test_interpreted_kernels_give_the_golden_vectors(shared: Path, name: str) -> None:
     errors = interpret(str(shared / "golden" / "msda" / f"{name}.npz"))
     for dtype, tolerances in TOLERANCES.items():
